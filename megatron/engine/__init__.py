@@ -1,0 +1,9 @@
+"""Training on DeepSpeed: process groups, the engine, the step loop, evaluation and reports.
+
+distributed      torch.distributed and the groups of this rank
+deepspeed_config what DeepSpeed is told
+assembly         planned layers -> DeepSpeed engine with our optimizer and schedule
+steps            one training step, one evaluation
+loop             steps, saves and evaluations in NeoX's order
+reports          console lines, TensorBoard, Weights & Biases
+"""

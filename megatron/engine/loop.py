@@ -1,0 +1,144 @@
+"""Steps, saves and evaluations in NeoX's order (spec/training.md §5, spec/checkpoint.md §4)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from megatron.base.errors import MegatronError
+from megatron.engine.distributed import ProcessGroups
+from megatron.engine.reports import Reporter
+from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
+from megatron.ledger.attempts import AttemptLog, StepRecord
+
+__all__ = ["LoopSettings", "StopReason", "TrainingDiverged", "Training", "run"]
+
+MAX_CONSECUTIVE_SKIPS = 50  # NeoX gives up after this many fp16 overflows in a row
+
+
+class TrainingDiverged(MegatronError):
+    """The fp16 loss scale found no value at which gradients are finite."""
+
+
+class StopReason(Enum):
+    """Why the loop ended."""
+
+    FINISHED = "finished"  # train_iters steps are done
+    EXIT_INTERVAL = "exit_interval"  # stopped where the configuration says, without a save
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """When what happens. Steps count from 1."""
+
+    train_iters: int
+    train_batch_size: int  # samples per step
+    eval_interval: int | None  # steps between evaluations; None: only at the end
+    eval_iters: int  # global batches per evaluation
+    exit_interval: int | None
+    is_save_step: Callable[[int], bool]
+
+
+@dataclass
+class Training:
+    """Everything a running training holds on this rank."""
+
+    engine: Any  # DeepSpeed's
+    groups: ProcessGroups
+    loss_function: LossFunction
+    train_batches: MicroBatchSource
+    valid_batches: MicroBatchSource | None
+    test_batches: MicroBatchSource | None
+    gradient_norm: Callable[[], float | None]
+    reporter: Reporter
+    log: AttemptLog | None  # rank 0, when the run is saved
+    save: Callable[[int], None] | None  # step -> commit a checkpoint; None: the run isn't saved
+    on_loss: Callable[[float], None]
+
+
+def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopReason:
+    """Train from ``first_step`` to ``train_iters``.
+
+    Raises:
+        TrainingDiverged: too many fp16 overflows in a row.
+    """
+    training.reporter.start(first_step - 1)
+    if first_step == 1 and training.save is not None and settings.is_save_step(0):
+        training.save(0)
+    last_saved = None
+    skips_in_a_row = 0
+    for step in range(first_step, settings.train_iters + 1):
+        record, loss_scale = _take_step(training, settings, step)
+        skips_in_a_row = skips_in_a_row + 1 if record.skipped else 0
+        if skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
+            raise TrainingDiverged(
+                f"step {step}: {skips_in_a_row} consecutive steps overflowed; the loss scale is "
+                f"down to {loss_scale}. Lower the learning rate, check the data of these steps, "
+                "or train in bfloat16"
+            )
+        training.reporter.step(record, loss_scale=loss_scale)
+        if training.save is not None and settings.is_save_step(step):
+            training.save(step)
+            last_saved = step
+        if settings.eval_interval and step % settings.eval_interval == 0:
+            _evaluate_validation(training, settings, step, when=f"iteration {step}")
+        if settings.exit_interval and step % settings.exit_interval == 0:
+            training.groups.barrier()
+            training.reporter.line(f"stopping at iteration {step}: exit_interval is reached")
+            return StopReason.EXIT_INTERVAL
+    _finish(training, settings, already_saved=last_saved == settings.train_iters)
+    return StopReason.FINISHED
+
+
+def _take_step(
+    training: Training, settings: LoopSettings, step: int
+) -> tuple[StepRecord, float | None]:
+    engine = training.engine
+    skipped_before = engine.skipped_steps
+    started = time.perf_counter()
+    loss = train_step(engine, training.train_batches, training.loss_function, training.groups)
+    training.on_loss(loss)
+    record = StepRecord(
+        step=step,
+        position=(step - 1) * settings.train_batch_size,
+        samples=settings.train_batch_size,
+        loss=loss,
+        lr=engine.lr_scheduler.get_lr()[0],
+        grad_norm=training.gradient_norm(),
+        skipped=engine.skipped_steps > skipped_before,
+        seconds=time.perf_counter() - started,
+    )
+    if training.log is not None:
+        training.log.append(record)
+    return record, engine.optimizer.loss_scale if engine.fp16_enabled() else None
+
+
+def _evaluate_validation(
+    training: Training, settings: LoopSettings, step: int, *, when: str
+) -> None:
+    if training.valid_batches is None:
+        return
+    loss = _evaluate(training, training.valid_batches, settings)
+    training.reporter.evaluation("validation", loss, step=step, when=when)
+
+
+def _evaluate(training: Training, batches: MicroBatchSource, settings: LoopSettings) -> float:
+    return evaluate(
+        training.engine,
+        batches,
+        training.loss_function,
+        training.groups,
+        iterations=settings.eval_iters,
+    )
+
+
+def _finish(training: Training, settings: LoopSettings, *, already_saved: bool) -> None:
+    step = settings.train_iters
+    _evaluate_validation(training, settings, step, when="the end of training for val data")
+    if training.save is not None and step > 0 and not already_saved:
+        training.save(step)
+    if training.test_batches is not None:
+        loss = _evaluate(training, training.test_batches, settings)
+        when = "the end of training for test data"
+        training.reporter.evaluation("test", loss, step=step, when=when)

@@ -1,0 +1,126 @@
+"""One training step and one evaluation, the same for pipelines and for the sequential module."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from megatron.data.batch import broadcast_tokens, split_tokens
+from megatron.data.loader import MicroBatchLoader
+from megatron.engine.distributed import ProcessGroups
+
+__all__ = ["BatchFormat", "MicroBatchSource", "evaluate", "train_step"]
+
+
+@dataclass(frozen=True)
+class BatchFormat:
+    """How tokens become a micro batch on this rank."""
+
+    micro_batch_size: int
+    seq_length: int  # tokens per row of inputs; a sample has one more
+    storage_dtype: np.dtype[Any]
+    eod: int | None  # the tokenizer's end-of-document id
+    eod_mask_loss: bool  # no loss where the input token is the end of a document
+
+
+class MicroBatchSource:
+    """An endless iterator of ``(inputs, (labels, loss_mask))`` on this rank's device.
+
+    Tensor rank 0 reads (its ``loader``); the other tensor ranks have none and receive its tokens.
+    """
+
+    def __init__(
+        self, loader: MicroBatchLoader | None, batch_format: BatchFormat, groups: ProcessGroups
+    ) -> None:
+        self._loader = loader
+        self._format = batch_format
+        self._groups = groups
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        layout = self._format
+        tokens = broadcast_tokens(
+            next(self._loader) if self._loader is not None else None,
+            shape=(layout.micro_batch_size, layout.seq_length + 1),
+            dtype=layout.storage_dtype,
+            group=self._groups.tensor if self._groups.topology.tensor_parallel_size > 1 else None,
+            source_rank=self._groups.tensor_source,
+            device=self._groups.device,
+        )
+        inputs, labels, loss_mask = split_tokens(
+            tokens, eod=layout.eod, eod_mask_loss=layout.eod_mask_loss
+        )
+        return inputs, (labels, loss_mask)
+
+    def close(self) -> None:
+        """Stop the loader's threads."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+LossFunction = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
+
+
+def train_step(
+    engine: Any, batches: Iterator[Any], loss_function: LossFunction, groups: ProcessGroups
+) -> float:
+    """Take one optimizer step and return its loss, the same number on every rank.
+
+    The loss is the mean over micro steps and data-parallel ranks of each micro batch's masked
+    mean (spec/model.md §9).
+    """
+    if groups.topology.uses_pipeline_engine:
+        # Middle stages never ask for a batch.
+        return float(engine.train_batch(data_iter=batches))
+    engine.train()
+    losses = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        inputs, labels = next(batches)
+        loss = loss_function(engine(inputs), labels)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach().float())
+    return _mean_over_data_ranks(torch.stack(losses).mean(), groups)
+
+
+def evaluate(
+    engine: Any,
+    batches: Iterator[Any],
+    loss_function: LossFunction,
+    groups: ProcessGroups,
+    *,
+    iterations: int,
+) -> float:
+    """Return the mean loss over ``iterations`` global batches; nothing of the model changes."""
+    losses = []
+    for _ in range(iterations):
+        if groups.topology.uses_pipeline_engine:
+            losses.append(float(engine.eval_batch(batches)))
+        else:
+            losses.append(_sequential_loss(engine, batches, loss_function, groups))
+    engine.train()
+    return sum(losses) / len(losses)
+
+
+def _sequential_loss(
+    engine: Any, batches: Iterator[Any], loss_function: LossFunction, groups: ProcessGroups
+) -> float:
+    engine.eval()
+    losses = []
+    with torch.no_grad():
+        for _ in range(engine.gradient_accumulation_steps()):
+            inputs, labels = next(batches)
+            losses.append(loss_function(engine(inputs), labels).float())
+    return _mean_over_data_ranks(torch.stack(losses).mean(), groups)
+
+
+def _mean_over_data_ranks(loss: torch.Tensor, groups: ProcessGroups) -> float:
+    if groups.topology.data_parallel_size > 1:
+        torch.distributed.all_reduce(loss, group=groups.data)
+        loss = loss / groups.topology.data_parallel_size
+    return float(loss)
