@@ -12,12 +12,12 @@ from megatron.engine.reports import Reporter
 from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
 from megatron.ledger.attempts import AttemptLog, StepRecord
 
-__all__ = ["LoopSettings", "StopReason", "TrainingDiverged", "Training", "run"]
+__all__ = ["DivergenceError", "LoopSettings", "StopReason", "Training", "run"]
 
 MAX_CONSECUTIVE_SKIPS = 50  # NeoX gives up after this many fp16 overflows in a row
 
 
-class TrainingDiverged(MegatronError):
+class DivergenceError(MegatronError):
     """The fp16 loss scale found no value at which gradients are finite."""
 
 
@@ -61,7 +61,7 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
     """Train from ``first_step`` to ``train_iters``.
 
     Raises:
-        TrainingDiverged: too many fp16 overflows in a row.
+        DivergenceError: too many fp16 overflows in a row.
     """
     training.reporter.start(first_step - 1)
     if first_step == 1 and training.save is not None and settings.is_save_step(0):
@@ -72,7 +72,7 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
         record, loss_scale = _take_step(training, settings, step)
         skips_in_a_row = skips_in_a_row + 1 if record.skipped else 0
         if skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
-            raise TrainingDiverged(
+            raise DivergenceError(
                 f"step {step}: {skips_in_a_row} consecutive steps overflowed; the loss scale is "
                 f"down to {loss_scale}. Lower the learning rate, check the data of these steps, "
                 "or train in bfloat16"
@@ -87,7 +87,8 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
             training.groups.barrier()
             training.reporter.line(f"stopping at iteration {step}: exit_interval is reached")
             return StopReason.EXIT_INTERVAL
-    _finish(training, settings, already_saved=last_saved == settings.train_iters)
+    is_saved = settings.train_iters in (last_saved, first_step - 1)
+    _finish(training, settings, already_saved=is_saved)
     return StopReason.FINISHED
 
 

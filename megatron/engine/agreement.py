@@ -1,0 +1,46 @@
+"""Actions that succeed on every rank or fail on every rank."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from megatron.base.errors import MegatronError
+from megatron.engine.distributed import ProcessGroups
+
+__all__ = ["PeerFailedError", "together"]
+
+T = TypeVar("T")
+
+
+class PeerFailedError(MegatronError):
+    """Another rank could not do its part, so this one stops too."""
+
+
+def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
+    """Run ``action`` on this rank while every other rank runs its own, and wait for all.
+
+    ``action`` must not communicate with other ranks on its own if it may fail before doing so.
+
+    Raises:
+        Exception: what ``action`` raised here.
+        PeerFailedError: it worked here, but not on the ranks the message names.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as raised:  # noqa: BLE001 - re-raised below, once the peers know
+        error = raised
+    report = None if error is None else f"{type(error).__name__}: {error}"
+    reports = groups.gather(report)
+    if error is not None:
+        raise error
+    failed = {rank: text for rank, text in enumerate(reports) if text is not None}
+    if failed:
+        raise PeerFailedError(_describe(failed, len(reports)))
+    return result  # type: ignore[return-value]
+
+
+def _describe(failed: dict[int, str], world_size: int) -> str:
+    first = min(failed)
+    others = f" ({len(failed)} of {world_size} ranks failed)" if len(failed) > 1 else ""
+    return f"rank {first} failed{others}: {failed[first]}"
