@@ -1,0 +1,15 @@
+"""The GPT-NeoX family of models on megatron-core's tensor-parallel layers.
+
+    facts, settings     what the model is; no torch
+    tp_layout           which part of each tensor a tensor rank holds, and back
+    initialisation      first values, equal at every topology
+    parallel_layers     embedding and linear layers over tensor ranks   (imports megatron.core)
+    norms, rotary, attention, feed_forward, block, embedding, head      the layers
+    plan                NeoX's numbered list of layers
+    sequential          that list as one plain module (pipe_parallel_size: 0)
+    loss                vocabulary-parallel cross entropy
+
+Hidden states are [sequence, batch, hidden] inside the blocks and [batch, sequence, hidden] at both
+ends, as in NeoX. Nothing here imports CUDA-only code or reads global process groups: the tensor
+group is an argument.
+"""

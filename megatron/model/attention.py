@@ -1,0 +1,83 @@
+"""Causal self-attention over this rank's heads.
+
+Shapes: S sequence, B batch, N this rank's query heads, K its key heads, D head size.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from megatron.model.construction import Construction
+from megatron.model.feed_forward import row_linear
+from megatron.model.parallel_layers import ColumnLinear
+
+__all__ = ["Attention"]
+
+
+class Attention(torch.nn.Module):
+    """Fused query-key-value matrix, rotary positions, scaled dot products, output matrix.
+
+    "flash" and "global" attention are both torch's scaled-dot-product attention, whose kernels
+    know causality without a mask.
+    """
+
+    def __init__(self, construction: Construction) -> None:
+        super().__init__()
+        settings = construction.settings
+        size = construction.tensor_parallel.size
+        self.head_size = settings.head_size
+        self.num_heads = settings.num_attention_heads // size
+        self.num_kv_heads = settings.num_kv_heads // size
+        self.is_grouped_query = settings.is_grouped_query
+        self.dropout = settings.attention_dropout
+        self.dropout_rng = construction.dropout_rng
+        self.query_key_value = ColumnLinear(
+            settings.hidden_size,
+            (settings.num_attention_heads + 2 * settings.num_kv_heads) * settings.head_size,
+            bias=settings.bias_in_attention,
+            dtype=construction.dtype,
+            tensor_parallel=construction.tensor_parallel,
+        )
+        self.dense = row_linear(settings.hidden_size, construction, bias=settings.bias_in_attention)
+        self.rotary = construction.rotary
+
+    def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
+        """Return the attention's output, whole or partial as the output matrix gives it."""
+        query, key, value = self._query_key_value(hidden_sbh)
+        # (S, B, heads, D) -> (B, heads, S, D)
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        context_bnsd = self._attend(query, key, value)
+        context_sbh = context_bnsd.permute(2, 0, 1, 3).flatten(start_dim=2)
+        return self.dense(context_sbh)
+
+    def _query_key_value(self, hidden_sbh: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fused = self.query_key_value(hidden_sbh)
+        if not self.is_grouped_query:
+            # Per head: query, key, value.
+            heads = fused.unflatten(-1, (self.num_heads, 3, self.head_size))
+            if self.rotary is None:
+                return heads.unbind(dim=-2)
+            query, key = self.rotary(heads[..., :2, :]).unbind(dim=-2)
+            return query, key, heads[..., 2, :]
+        # All query heads, then all key heads, then all value heads.
+        heads = fused.unflatten(-1, (-1, self.head_size))
+        num_rotated = self.num_heads + self.num_kv_heads
+        rotated, value = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
+        if self.rotary is not None:
+            rotated = self.rotary(rotated)
+        query, key = rotated[..., : self.num_heads, :], rotated[..., self.num_heads :, :]
+        return query, key, value
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.dropout > 0):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=self.is_grouped_query
+            )
+        with self.dropout_rng():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dropout_p=self.dropout,
+                is_causal=True,
+                enable_gqa=self.is_grouped_query,
+            )
