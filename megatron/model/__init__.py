@@ -5,8 +5,7 @@
     initialisation      first values, equal at every topology
     parallel_layers     embedding and linear layers over tensor ranks   (imports megatron.core)
     norms, rotary, attention, feed_forward, block, embedding, head      the layers
-    plan                NeoX's numbered list of layers
-    sequential          that list as one plain module (pipe_parallel_size: 0)
+    layer_plan          NeoX's numbered list of layers
     loss                vocabulary-parallel cross entropy
 
 Hidden states are [sequence, batch, hidden] inside the blocks and [batch, sequence, hidden] at both

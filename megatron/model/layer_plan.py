@@ -12,7 +12,8 @@ The numbers are part of checkpoint names and never depend on the topology.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,26 +34,35 @@ TIED_WEIGHT = "word_embeddings.weight"  # the one parameter both ends share
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One numbered layer, not built yet.
-
-    ``kind(**keywords)`` builds a module; a kind that is no class is the layer itself.
-    """
+    """One numbered layer, not built yet."""
 
     index: int
-    kind: Any  # a torch.nn.Module class, or a function of the hidden state
-    keywords: dict[str, Any] = field(default_factory=dict, repr=False)
+    kind: Any  # the torch.nn.Module class, or the function itself
+    factory: Callable[[], Any]
+    """Returns the module, with its first values, on its device; or the function."""
+
     tied_key: str | None = None  # layers with the same key are one module
-    tied_forward: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None = None
-    """How a tied layer is computed, when it isn't the module's own forward."""
+    tied_forward: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    """How a tied layer is computed from the module, when not by the module's own forward."""
 
     @property
     def is_function(self) -> bool:
-        """Whether the layer has no parameters and is called as it is."""
+        """Whether the layer has no parameters."""
         return not isinstance(self.kind, type)
 
-    def build(self) -> torch.nn.Module:
-        """Return the layer's module, with its first values, on its device."""
-        return self.kind(**self.keywords)
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the layer is a block, which activation checkpointing may recompute."""
+        return self.kind is ParallelTransformerLayerPipe
+
+    @property
+    def tied_weights(self) -> list[str]:
+        """Parameters whose gradients are summed over the stages that hold the module."""
+        return [TIED_WEIGHT] if self.tied_key else []
+
+    def bind_tied(self, module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the layer as a function of the hidden state, given its already built module."""
+        return module if self.tied_forward is None else partial(self.tied_forward, module)
 
 
 def layer_plan(
@@ -89,27 +99,28 @@ def layer_plan(
     )
     after_blocks = settings.num_layers + 2
 
-    def planned(index: int, kind: Any, **tied: Any) -> PlannedLayer:
-        keywords = {"construction": construction, "layer_index": index}
-        return PlannedLayer(index, kind, keywords, **tied)
+    def planned(index: int, kind: type[torch.nn.Module], **tied: Any) -> PlannedLayer:
+        return PlannedLayer(index, kind, partial(kind, construction, index), **tied)
 
-    embedding = planned(0, EmbeddingPipe, tied_key=TIED_KEY if settings.tied_embedding else None)
+    def function(index: int, slot: Callable[[torch.Tensor], torch.Tensor]) -> PlannedLayer:
+        return PlannedLayer(index, slot, lambda: slot)
+
     if settings.tied_embedding:
-        # On the last stage the embedding is built once more, from the same first values.
-        head = PlannedLayer(
-            after_blocks + 2,
-            EmbeddingPipe,
-            embedding.keywords,
-            tied_key=TIED_KEY,
+        embedding = planned(0, EmbeddingPipe, tied_key=TIED_KEY)
+        # The last stage builds the embedding once more, from the same first values.
+        head = replace(
+            embedding,
+            index=after_blocks + 2,
             tied_forward=TiedHead(settings, tensor_parallel),
         )
     else:
+        embedding = planned(0, EmbeddingPipe)
         head = planned(after_blocks + 2, ParallelLinearPipe)
     return [
         embedding,
-        PlannedLayer(1, to_sequence_first),
+        function(1, to_sequence_first),
         *(planned(index, ParallelTransformerLayerPipe) for index in range(2, after_blocks)),
-        PlannedLayer(after_blocks, to_batch_first),
+        function(after_blocks, to_batch_first),
         planned(after_blocks + 1, NormPipe),
         head,
     ]
