@@ -1,0 +1,129 @@
+"""In which order several datasets are drawn from: NeoX's greedy rule, going on without end.
+
+At draw ``n`` the dataset furthest behind its share ``weight * max(n, 1)`` is next; the lowest
+index wins a tie. The rule is sequential, so the counts before every 65,536th draw are kept, and
+any position is found by drawing at most that many.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.base.errors import ConfigError
+from megatron.stream import compiled
+
+__all__ = ["Blend", "normalised", "weights_by_num_documents"]
+
+DRAWS_PER_CHUNK = 65536
+_MAX_DATASETS = np.iinfo(np.int16).max
+_CHUNKS_IN_MEMORY = 16
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Divide ``weights`` by their sum, added from left to right as NeoX does.
+
+    Raises:
+        ConfigError: a weight is negative, or all are 0.
+    """
+    total = 0.0
+    for weight in weights:
+        total += weight
+    if not total > 0.0 or min(weights) < 0.0:
+        raise ConfigError(f"dataset weights {list(weights)} must be at least 0 and not all 0")
+    return [weight / total for weight in weights]
+
+
+def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list[float]:
+    """Return NeoX's weights under ``weight_by_num_documents``.
+
+    A dataset's share of the documents, to the power of ``alpha``, is damped by the share of all
+    the others: small alpha favours small datasets.
+    """
+    if len(num_documents) == 1:
+        return [1.0]
+    total = sum(num_documents)
+    shares = [count / total for count in num_documents]
+    smoothed = normalised([share**alpha for share in shares])
+    return normalised(
+        [weight * (1 - share) for weight, share in zip(smoothed, shares, strict=True)]
+    )
+
+
+class Blend:
+    """Which dataset each position draws from, and the how-manieth of that dataset's samples.
+
+    Args:
+        weights: relative weights, one per dataset.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        if not 1 <= len(weights) <= _MAX_DATASETS:
+            raise ConfigError(f"a blend has 1 to {_MAX_DATASETS} datasets, not {len(weights)}")
+        self.weights = np.array(weights, dtype=np.float64)
+        self.weights /= self.weights.sum()
+        # Row k: samples of each dataset drawn before draw k * DRAWS_PER_CHUNK.
+        self._counts = np.zeros((1, len(weights)), dtype=np.int64)
+        self._chunks: OrderedDict[int, tuple[NDArray[np.int16], NDArray[np.int64]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_datasets(self) -> int:
+        """Datasets in the blend."""
+        return len(self.weights)
+
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """Return (dataset index, position within that dataset's order) of each position."""
+        if self.num_datasets == 1:
+            return np.zeros(len(positions), dtype=np.int16), positions
+        chunks, offsets = np.divmod(positions, DRAWS_PER_CHUNK)
+        datasets = np.empty(len(positions), dtype=np.int16)
+        samples = np.empty(len(positions), dtype=np.int64)
+        for chunk in np.unique(chunks):
+            chosen = np.flatnonzero(chunks == chunk)
+            drawn_datasets, drawn_samples = self._chunk(int(chunk))
+            datasets[chosen] = drawn_datasets[offsets[chosen]]
+            samples[chosen] = drawn_samples[offsets[chosen]]
+        return datasets, samples
+
+    def counts_through(self, num_draws: int) -> NDArray[np.int64]:
+        """Return the kept counts for all chunks that begin before draw ``num_draws``."""
+        with self._lock:
+            num_chunks = -(-num_draws // DRAWS_PER_CHUNK)
+            self._extend(max(0, num_chunks - 1))
+            return self._counts[: max(1, num_chunks)]
+
+    def _chunk(self, chunk: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        with self._lock:
+            drawn = self._chunks.get(chunk)
+            if drawn is None:
+                self._extend(chunk)
+                drawn = self._draw(chunk, self._counts[chunk].copy())
+                self._chunks[chunk] = drawn
+                if len(self._chunks) > _CHUNKS_IN_MEMORY:
+                    self._chunks.popitem(last=False)
+            else:
+                self._chunks.move_to_end(chunk)
+            return drawn
+
+    def _extend(self, chunk: int) -> None:
+        known = len(self._counts)
+        if chunk < known:
+            return
+        rows = np.empty((chunk + 1 - known, self.num_datasets), dtype=np.int64)
+        counts = self._counts[-1].copy()
+        for row in range(len(rows)):
+            self._draw(known - 1 + row, counts)
+            rows[row] = counts
+        self._counts = np.concatenate([self._counts, rows])
+
+    def _draw(
+        self, chunk: int, counts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """Draw one chunk; ``counts`` go on from its begin to its end."""
+        datasets = np.empty(DRAWS_PER_CHUNK, dtype=np.int16)
+        samples = np.empty(DRAWS_PER_CHUNK, dtype=np.int64)
+        compiled.draw_blend(self.weights, counts, chunk * DRAWS_PER_CHUNK, datasets, samples)
+        return datasets, samples
