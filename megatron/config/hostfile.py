@@ -10,9 +10,22 @@ from pathlib import Path
 
 from megatron.base.errors import ConfigError
 
-__all__ = ["parse_hostfile", "select_hosts"]
+__all__ = ["DEFAULT_HOSTFILE", "find_hostfile", "parse_hostfile", "select_hosts"]
+
+DEFAULT_HOSTFILE = "/job/hostfile"
 
 _ENTRY = re.compile(r"(?P<host>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+
+
+def find_hostfile(configured: str | None, environ: Mapping[str, str]) -> Path | None:
+    """Return the host file of a launch: the configured one, ``$DLTS_HOSTFILE`` or the default one.
+
+    Returns:
+        None if the first of these that is named doesn't exist: as in NeoX, whose example
+        configurations name one that isn't there, the job then runs on this machine alone.
+    """
+    path = Path(configured or environ.get("DLTS_HOSTFILE") or DEFAULT_HOSTFILE)
+    return path if path.exists() else None
 
 
 def parse_hostfile(path: str | Path) -> dict[str, int]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.base.errors import ConfigError
-from megatron.config.hostfile import parse_hostfile, select_hosts
+from megatron.config.hostfile import find_hostfile, parse_hostfile, select_hosts
 
 HOSTS = {"node1": 4, "node2": 2}
 
@@ -104,3 +104,13 @@ def test_including_and_excluding_the_same_part_divide_the_slots(hosts, data):
     assert inside == {host: sorted(slots)}
     together = {name: sorted(inside.get(name, []) + outside.get(name, [])) for name in hosts}
     assert together == select_hosts(hosts)
+
+
+def test_the_configured_hostfile_wins_over_the_environment_and_may_be_missing(tmp_path):
+    configured, exported = tmp_path / "configured", tmp_path / "exported"
+    environ = {"DLTS_HOSTFILE": str(exported)}
+    exported.write_text("a slots=1\n")
+    assert find_hostfile(None, environ) == exported
+    assert find_hostfile(str(configured), environ) is None
+    configured.write_text("a slots=1\n")
+    assert find_hostfile(str(configured), environ) == configured

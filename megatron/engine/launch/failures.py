@@ -1,0 +1,74 @@
+"""Which rank failed first, and how that is told.
+
+When one rank fails, its peers soon fail too: their connections to it break. Their tracebacks are
+as loud as the first one and say nothing. The first failure is the earliest sign of one: the moment
+a rank's last traceback began, or, if it left none, the moment it was seen to have ended.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.engine.launch.rank_process import Exit
+
+__all__ = ["RankEnd", "failure_report", "first_failure"]
+
+# A traceback this long before the first death was handled by its program: it is no sign of failure.
+_HANDLED_AFTER_S = 10.0
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """How one rank ended. Times are seconds since the start."""
+
+    rank: int
+    pid: int
+    exit: Exit
+    ended_at: float
+    trace_began_at: float | None  # when its last traceback began; None without one
+    was_told: bool  # it still ran when the launcher began to end the job
+    excerpt: str  # its traceback, or its last lines on stderr
+
+    def __str__(self) -> str:
+        how = "ended by the launcher" if self.was_told and self.exit.signal else str(self.exit)
+        if self.exit.signal == signal.SIGKILL and not self.was_told:
+            how += " (not by the launcher; often by the kernel when memory runs out, see dmesg)"
+        return f"rank {self.rank}: {how}"
+
+    @property
+    def status(self) -> int:
+        """The job's status if this rank failed first."""
+        if self.was_told and self.exit.signal is not None:
+            return 1  # the launcher's signal only came before the program's own end
+        return self.exit.status
+
+
+def first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
+    """Return the rank that failed first, or None if all ended with status 0."""
+    failed = [end for end in ends if not end.exit.is_success]
+    if not failed:
+        return None
+    first_death = min(end.ended_at for end in failed)
+
+    def first_sign(end: RankEnd) -> tuple[float, float]:
+        began_at = end.trace_began_at
+        if began_at is not None and began_at >= first_death - _HANDLED_AFTER_S:
+            return min(began_at, end.ended_at), end.ended_at
+        return end.ended_at, end.ended_at
+
+    return min(failed, key=first_sign)
+
+
+def failure_report(ends: Sequence[RankEnd], first: RankEnd) -> str:
+    """Return the last words of a failed job: who failed first, with its traceback."""
+    others = [end for end in ends if end is not first and not end.exit.is_success]
+    then = "; ".join(map(str, others[:_LISTED]))
+    if len(others) > _LISTED:
+        then += f"; and {len(others) - _LISTED} more"
+    text = f"---- deepy: of {len(ends)} ranks this one failed first, after {first.ended_at:.1f} s\n"
+    text += f"---- {first} (process {first.pid})\n"
+    text += first.excerpt or "(it wrote nothing on stderr)\n"
+    if then:
+        text += f"---- then {then}\n"
+    return text + f"---- the job ends with status {first.status}\n"
