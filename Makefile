@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for candidate in python3.11 python3 "$$HOME"/.pyenv/versions/3.11.*/bin/python; do \
 	"$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
 	&& { echo "$$candidate"; break; }; done)
+PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 # What codespell reads as well as the code.
@@ -19,10 +20,13 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install everything pinned
 
-$(STAMP): $(wildcard requirements/*.txt) setup.py pyproject.toml $(wildcard megatron/stream/*.cpp)
+$(PACKAGES): $(wildcard requirements/*.txt)
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 not found; name it: make setup PYTHON=/path/to/python3.11' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet -r requirements/requirements-dev.txt
+	@touch $@
+
+$(STAMP): $(PACKAGES) setup.py pyproject.toml $(wildcard megatron/stream/*.cpp)
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
