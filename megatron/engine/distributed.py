@@ -59,6 +59,7 @@ class ProcessGroups:
     topology: Topology
     place: RankCoordinates
     rank: int
+    local_rank: int  # this rank's number on its node
     device: torch.device
     grid: PipelineParallelGrid
     control: Any  # every rank, on the CPU: for decisions, not for tensors of the model
@@ -144,6 +145,7 @@ def connect(
         topology=topology,
         place=topology.coordinates(environment.rank),
         rank=environment.rank,
+        local_rank=environment.local_rank,
         device=torch.device(accelerator.device_name(environment.local_rank)),
         grid=grid,
         control=torch.distributed.new_group(backend="gloo"),

@@ -1,0 +1,1 @@
+"""One module per command: each wires the layers below and holds no arithmetic of its own."""

@@ -1,0 +1,182 @@
+"""The data of a run: tokenizer, streams, and where each of them is read next."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron.base.errors import ConfigError
+from megatron.config.load import RunConfig
+from megatron.data.loader import MicroBatchLoader
+from megatron.data.tokenizers import build_tokenizer
+from megatron.engine.agreement import together
+from megatron.engine.distributed import ProcessGroups
+from megatron.engine.steps import BatchFormat, MicroBatchSource
+from megatron.stream.sample_counts import requested_samples, train_iters_for_epochs
+from megatron.stream.streams import Stream, Streams, StreamSettings, open_streams
+
+__all__ = ["RunData", "Sources", "open_run_data"]
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What every rank must know of the data, also those that read none."""
+
+    vocab_size: int  # entries of the tokenizer, before padding
+    eod: int | None
+    train_iters: int
+    dtypes: dict[str, np.dtype[Any] | None]  # storage type per split; None: no such stream
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Endless micro batches per split; None where the run has no such data."""
+
+    train: MicroBatchSource
+    valid: MicroBatchSource | None
+    test: MicroBatchSource | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The streams of this rank (none if it doesn't read) and what is known of them everywhere."""
+
+    config: RunConfig
+    groups: ProcessGroups
+    summary: _Summary
+    streams: Streams | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer, before padding."""
+        return self.summary.vocab_size
+
+    @property
+    def train_iters(self) -> int:
+        """Steps of the whole run."""
+        return self.summary.train_iters
+
+    def open_sources(self, stack: contextlib.ExitStack, *, consumed_steps: int) -> Sources:
+        """Return the sources of a run that has taken ``consumed_steps`` steps already.
+
+        Every evaluation consumes eval_iters global batches, and the one due at a step counts as
+        done with it.
+        """
+        training = self.config.training
+        batch = self.config.geometry.global_batch_size
+        interval = training.eval_interval
+        evaluations = consumed_steps // interval if interval else 0
+        train = self._source("train", consumed_steps * batch, stack)
+        if train is None:
+            raise ConfigError(
+                "there is no training data: the train share of split is empty. "
+                "Give train a larger share, or a larger dataset"
+            )
+        has_evaluations = training.eval_iters > 0
+        valid_position = evaluations * training.eval_iters * batch
+        return Sources(
+            train=train,
+            valid=self._source("valid", valid_position, stack) if has_evaluations else None,
+            test=self._source("test", 0, stack) if has_evaluations else None,
+        )
+
+    def _source(
+        self, split: str, first_position: int, stack: contextlib.ExitStack
+    ) -> MicroBatchSource | None:
+        dtype = self.summary.dtypes[split]
+        if dtype is None:
+            return None
+        stream: Stream | None = getattr(self.streams, split) if self.streams else None
+        loader = None
+        geometry = self.config.geometry
+        if stream is not None:
+            loader = MicroBatchLoader(
+                stream,
+                geometry,
+                self.groups.place.data_parallel_rank,
+                first_position,
+                self.config.training.num_workers,
+                first_step=first_position // geometry.global_batch_size + 1,
+            )
+        batch_format = BatchFormat(
+            micro_batch_size=geometry.micro_batch_size,
+            seq_length=self.config.model.seq_length,
+            storage_dtype=dtype,
+            eod=self.summary.eod,
+            eod_mask_loss=self.config.other.eod_mask_loss,
+        )
+        source = MicroBatchSource(loader, batch_format, self.groups)
+        stack.callback(source.close)
+        return source
+
+
+def open_run_data(config: RunConfig, groups: ProcessGroups) -> RunData:
+    """Open tokenizer and streams; index maps are built by one rank while the others wait.
+
+    Raises:
+        MegatronError: on every rank, if any of them cannot open its part.
+    """
+    # With `use_shared_fs: false` every node needs its own copy of the maps.
+    is_builder = groups.rank == 0 if config.training.use_shared_fs else groups.local_rank == 0
+    reads = groups.topology.reads_data(groups.place)
+
+    def build() -> tuple[_Summary, Streams] | None:
+        if not is_builder:
+            return None
+        tokenizer = build_tokenizer(
+            config.tokenizer.tokenizer_type,
+            vocab_file=config.training.vocab_file,
+            merge_file=config.training.merge_file,
+        )
+        streams = _open(config, is_builder=True)
+        return _summarise(config, tokenizer, streams), streams
+
+    built = together(groups, build)
+    if built is None:
+        built_streams = together(groups, lambda: _open(config, is_builder=False) if reads else None)
+    else:
+        built_streams = together(groups, lambda: built[1])
+    summary = groups.from_rank_0(built[0] if built is not None else None)
+    return RunData(config, groups, summary, built_streams if reads else None)
+
+
+def _open(config: RunConfig, *, is_builder: bool) -> Streams:
+    training = config.training
+    settings = _stream_settings(config)
+    requested = requested_samples(
+        train_iters=training.train_iters,
+        train_batch_size=config.geometry.global_batch_size,
+        eval_interval=training.eval_interval or (training.train_iters or 0) + 1,
+        eval_iters=training.eval_iters,
+    )
+    return open_streams(settings, requested, is_builder=is_builder, barrier=lambda: None)
+
+
+def _stream_settings(config: RunConfig) -> StreamSettings:
+    """Read the data keys from the groups they stand in; lists become tuples."""
+    flat = config.flat()
+    names = [field.name for field in dataclasses.fields(StreamSettings)]
+    values = {name: flat[name] for name in names if flat[name] is not None}
+    return StreamSettings(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )
+
+
+def _summarise(config: RunConfig, tokenizer: Any, streams: Streams) -> _Summary:
+    training = config.training
+    train_iters = training.train_iters
+    if train_iters is None:
+        train_iters = train_iters_for_epochs(
+            training.train_epochs,
+            [order.head_length + 1 for order in streams.train.orders] if streams.train else [],
+            config.geometry.global_batch_size,
+        )
+    by_split = {"train": streams.train, "valid": streams.valid, "test": streams.test}
+    return _Summary(
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        train_iters=train_iters,
+        dtypes={name: stream.dtype if stream else None for name, stream in by_split.items()},
+    )

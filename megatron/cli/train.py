@@ -1,0 +1,213 @@
+"""``train.py``: from a configuration to a trained model, on every rank."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing import checkpointing
+
+from megatron.cli.run_data import RunData, open_run_data
+from megatron.cli.run_reports import build_reporter
+from megatron.cli.saved_state import Checkpoints
+from megatron.config.load import RunConfig
+from megatron.config.transport import load_transported
+from megatron.engine.agreement import together
+from megatron.engine.assembly import ModuleSettings, build_module, initialize_engine
+from megatron.engine.deepspeed_config import deepspeed_settings
+from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect, rank_environment
+from megatron.engine.loop import LoopSettings, StopReason, Training, run
+from megatron.engine.optimizers import build_optimizer
+from megatron.engine.seeding import rank_seed, seed_rank
+from megatron.engine.steps import LossFunction
+from megatron.ledger.attempts import AttemptLog
+from megatron.ledger.run_directory import is_save_step
+from megatron.model.layer_plan import layer_plan
+from megatron.model.loss import cross_entropy_loss
+from megatron.model.parallel_layers import TensorParallel
+from megatron.model.settings import ModelSettings
+from megatron.optim.param_groups import weight_decay_groups
+from megatron.optim.schedules import LearningRateScheduler, ScheduleSettings
+
+__all__ = ["DTYPES", "main", "train"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def main(
+    input_args: Sequence[str] | None = None, overwrite_values: Mapping[str, Any] | None = None
+) -> None:
+    """Train as the transported configuration says; NeoX's entry point of ``train.py``.
+
+    Args:
+        input_args: command line, ``sys.argv[1:]`` if None: what ``deepy.py`` passes to ranks.
+        overwrite_values: keys that win over the configuration.
+    """
+    train(load_transported(input_args, overwrite_values), rank_environment())
+
+
+def train(
+    config: RunConfig,
+    environment: RankEnvironment,
+    *,
+    on_loss: Callable[[float], None] = lambda loss: None,
+) -> StopReason:
+    """Train on this rank, together with all others of ``environment``.
+
+    Args:
+        config: the resolved configuration.
+        environment: this rank's number and how to find the others.
+        on_loss: told every step's loss.
+
+    Raises:
+        MegatronError: before anything is built, if data, checkpoint and configuration don't fit.
+    """
+    groups = connect(
+        environment,
+        config.topology,
+        backend=config.other.distributed_backend,
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = together(groups, functools.partial(Checkpoints.open, config, groups))
+        stack.callback(checkpoints.close)
+        data = open_run_data(config, groups)
+        facts = together(groups, functools.partial(checkpoints.facts, data.vocab_size))
+        settings = together(
+            groups,
+            lambda: ModelSettings.from_config(config.model, config.training, facts),
+        )
+        tensor_parallel = _tensor_parallel(groups)
+        loss_function = functools.partial(_loss, tensor_parallel)
+        _prepare_random_state(config, groups)
+        module = _build_module(config, groups, settings, tensor_parallel, loss_function)
+        checkpoints.load_weights(module, settings, tensor_parallel)
+        engine, gradient_norm = _build_engine(config, groups, module, data.train_iters)
+        step = checkpoints.load_state(engine, facts)
+        reporter = build_reporter(config, groups, facts, data.train_iters)
+        stack.callback(reporter.close)
+        log = _open_attempt_log(config, groups)
+        if log is not None:
+            stack.callback(log.close)
+        sources = data.open_sources(stack, consumed_steps=step)
+        training = Training(
+            engine=engine,
+            groups=groups,
+            loss_function=loss_function,
+            train_batches=sources.train,
+            valid_batches=sources.valid,
+            test_batches=sources.test,
+            gradient_norm=gradient_norm,
+            reporter=reporter,
+            log=log,
+            save=checkpoints.saver(engine, facts, log),
+            on_loss=on_loss,
+        )
+        return run(training, _loop_settings(config, data), first_step=step + 1)
+
+
+def _tensor_parallel(groups: ProcessGroups) -> TensorParallel:
+    if groups.topology.tensor_parallel_size == 1:
+        return TensorParallel()
+    return TensorParallel.of_group(groups.tensor)
+
+
+def _loss(
+    tensor_parallel: TensorParallel,
+    logits: torch.Tensor,
+    labels: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    return cross_entropy_loss(logits, *labels, tensor_parallel)
+
+
+def _prepare_random_state(config: RunConfig, groups: ProcessGroups) -> None:
+    checkpointing.configure(
+        groups.grid, partition_activations=config.training.partition_activations
+    )
+    seed_rank(rank_seed(config.other.seed, groups.topology, groups.place))
+
+
+def _build_module(
+    config: RunConfig,
+    groups: ProcessGroups,
+    settings: ModelSettings,
+    tensor_parallel: TensorParallel,
+    loss_function: LossFunction,
+) -> torch.nn.Module:
+    plan = layer_plan(
+        settings,
+        tensor_parallel,
+        seed=config.other.seed,
+        dtype=DTYPES[config.model.precision],
+        device=groups.device,
+        dropout_rng=checkpointing.get_cuda_rng_tracker().fork,
+    )
+    training = config.training
+    layout = ModuleSettings(
+        partition_method=config.parallelism.pipe_partition_method,
+        checkpoint_interval=(
+            training.checkpoint_num_layers if training.checkpoint_activations else 0
+        ),
+    )
+    return build_module(plan, groups, loss_function, layout)
+
+
+def _build_engine(
+    config: RunConfig, groups: ProcessGroups, module: torch.nn.Module, train_iters: int
+) -> tuple[Any, Callable[[], float | None]]:
+    """Wrap ``module``; train_iters is the configured number, or what train_epochs comes to."""
+    weight_decay = config.training.weight_decay
+    optimizer = build_optimizer(
+        weight_decay_groups(module, weight_decay),
+        optimizer_type=config.optimizer.optimizer_type,
+        params=config.deepspeed.optimizer["params"],
+        weight_decay=weight_decay,
+    )
+    schedule = ScheduleSettings.from_config(
+        config.lr_scheduler,
+        config.optimizer,
+        dataclasses.replace(config.training, train_iters=train_iters),
+        neox_version=config.ledger.neox_version,
+    )
+    keys = config.deepspeed
+    return initialize_engine(
+        module,
+        groups,
+        optimizer,
+        LearningRateScheduler(optimizer, schedule),
+        deepspeed_settings(
+            config.deepspeed_values(),
+            geometry=config.geometry,
+            precision=config.model.precision,
+            fp16=keys.fp16,
+            bf16=keys.bf16,
+            gradient_clipping=keys.gradient_clipping,
+            zero_optimization=keys.zero_optimization,
+            extra=keys.deepspeed_extra_args,
+        ),
+    )
+
+
+def _open_attempt_log(config: RunConfig, groups: ProcessGroups) -> AttemptLog | None:
+    if groups.rank != 0 or config.training.save is None:
+        return None
+    return AttemptLog(Path(config.training.save))
+
+
+def _loop_settings(config: RunConfig, data: RunData) -> LoopSettings:
+    training = config.training
+    return LoopSettings(
+        train_iters=data.train_iters,
+        train_batch_size=config.geometry.global_batch_size,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        exit_interval=training.exit_interval,
+        is_save_step=functools.partial(
+            is_save_step,
+            checkpoint_factor=training.checkpoint_factor,
+            checkpoint_scale=training.checkpoint_scale,
+            extra_save_iters=training.extra_save_iters or (),
+        ),
+    )
