@@ -1,0 +1,94 @@
+"""How many ranks there are, and how they are divided."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.base.errors import ConfigError
+from megatron.config.draft import Draft, reads
+
+__all__ = ["default_hostfile", "derive_parallelism"]
+
+_DEFAULT_HOSTFILE = "/job/hostfile"
+
+
+def default_hostfile(environ: Mapping[str, str]) -> str | None:
+    """Return the host file used when no key names one, if it exists."""
+    path = environ.get("DLTS_HOSTFILE", _DEFAULT_HOSTFILE)
+    return path if os.path.isfile(path) else None
+
+
+@reads(
+    "global_num_gpus",
+    "hostfile",
+    "include",
+    "exclude",
+    "num_nodes",
+    "num_gpus",
+    "pipe_parallel_size",
+    "model_parallel_size",
+)
+def derive_parallelism(
+    draft: Draft, *, local_slots: Callable[[], int], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Count the ranks unless ``global_num_gpus`` gives them, and divide them.
+
+    Raises:
+        ConfigError: the ranks asked for aren't there, or can't be divided evenly.
+    """
+    if draft["global_num_gpus"] is not None:
+        ranks, source = draft["global_num_gpus"], draft.say("global_num_gpus")
+    else:
+        ranks, source = _count_slots(draft, local_slots, environ)
+    model_parallel_size = max(1, draft["model_parallel_size"] or 1)
+    pipe_parallel_size = draft["pipe_parallel_size"] or 0
+    replica = max(1, pipe_parallel_size) * model_parallel_size
+    product = f"{draft.say('pipe_parallel_size')} x {draft.say('model_parallel_size')}"
+    if replica > ranks:
+        raise ConfigError(
+            f"{product} needs {replica} ranks, more than the {ranks} slots there are ({source}); "
+            "lower one of them, or raise num_gpus or the hostfile's slots"
+        )
+    if ranks % replica:
+        raise ConfigError(
+            f"{ranks} ranks ({source}) can't be divided by {product} = {replica}: the "
+            f"data-parallel size must be a whole number; nearest: {ranks // replica * replica} or "
+            f"{(ranks // replica + 1) * replica} ranks"
+        )
+    return {
+        "global_num_gpus": ranks,
+        "model_parallel_size": model_parallel_size,
+        "pipe_parallel_size": pipe_parallel_size,
+        "is_pipe_parallel": pipe_parallel_size >= 1,
+    }
+
+
+def _count_slots(
+    draft: Draft, local_slots: Callable[[], int], environ: Mapping[str, str]
+) -> tuple[int, str]:
+    """Return the number of ranks and where that number comes from."""
+    # the launcher's file, which needs nothing else of the configuration
+    from megatron.config.hostfile import parse_hostfile, select_hosts
+
+    hostfile = draft["hostfile"] or default_hostfile(environ)
+    num_gpus = draft["num_gpus"]
+    if hostfile is not None and os.path.isfile(hostfile):
+        hosts, source = parse_hostfile(hostfile), f"hostfile {hostfile}"
+    elif num_gpus is not None and num_gpus > 0:
+        hosts, source = {"localhost": num_gpus}, draft.say("num_gpus")
+    else:
+        slots = local_slots()
+        if slots < 1:
+            raise ConfigError(
+                "this machine has no device to run on; set num_gpus to the number of processes"
+            )
+        hosts, source = {"localhost": slots}, "this machine's"
+    num_nodes = draft["num_nodes"] if len(hosts) > 1 else None
+    selected = select_hosts(
+        hosts,
+        include=draft["include"],
+        exclude=draft["exclude"],
+        num_nodes=num_nodes,
+        num_gpus=num_gpus,
+    )
+    return sum(map(len, selected.values())), source

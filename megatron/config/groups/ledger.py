@@ -1,0 +1,60 @@
+"""Keys of ours, which no NeoX configuration needs."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.declare import WORKS, key, only, refused
+
+__all__ = ["Ledger"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What keeps a run exact, and how it saves."""
+
+    accept_data_change: list[str] = key(
+        [], outcome=refused("start a new run instead: a data change can't be planned yet")
+    )
+    """Names of changes that may make a resumed run repeat or skip samples: any of ``seed``,
+    ``seq_length``, ``split``, ``packing``, ``tokenizer``, ``data``. Empty: they are refused."""
+
+    async_save: bool | None = key(None, outcome=only(False, advice="leave it out"))
+    """Go on training while a checkpoint's bytes are written. Unset: on wherever it is exact."""
+
+    on_save_error: Literal["stop", "continue"] = key(
+        "stop", outcome=only("stop", advice="leave it out")
+    )
+    """Whether a checkpoint that can't be written ends the run."""
+
+    elastic_batch: bool = key(False, outcome=refused("set the batch sizes by hand"))
+    """Solve micro batch and gradient accumulation for a fixed ``train_batch_size`` at any
+    data-parallel size."""
+
+    hang_timeout: float | None = key(
+        None, unit="seconds", minimum=0, outcome=refused("leave it out")
+    )
+    """End the job when a step takes longer than this. Unset: worked out from measured steps."""
+
+    exit_duration_in_mins: float | None = key(
+        None, unit="minutes", minimum=0, outcome=refused("use train_iters or exit_interval")
+    )
+    """Save and stop after so long. Unset: SLURM's end of job is watched all the same."""
+
+    deterministic: bool = key(False, outcome=WORKS)
+    """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit.
+    Without GPUs always so."""
+
+    neox_version: Literal["main", "v1.0"] = key(
+        "main", outcome=only("main", advice="use main; Pythia's numerics come later")
+    )
+    """Whose numerics to follow: ``v1.0`` is what Pythia was trained with (learning-rate formula,
+    rotary precision, Adam's step, loss scaler)."""
+
+    tp_bias_multiplicity: int | None = key(None, minimum=1, outcome=WORKS)
+    """How often each replicated bias counts under ``gpt_j_residual``: NeoX adds it once per tensor
+    rank. Unset: ``model_parallel_size`` when the run began, then what the checkpoint says."""
+
+    data_order: Literal["shuffled", "sequential"] = key(
+        "shuffled", outcome=only("shuffled", advice="leave it out")
+    )
+    """``sequential`` reads preshuffled data row by row."""

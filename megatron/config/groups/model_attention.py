@@ -1,0 +1,71 @@
+"""Model keys: attention and positions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.config.declare import WORKS, Outcome, key, only, part_of, refused
+
+__all__ = ["ModelAttention"]
+
+
+def _judge_attention(value: Any, _keys: Mapping[str, Any]) -> Outcome:
+    others = sorted(set(value) - {"global", "flash"})
+    if others:
+        return refused(f"use global or flash instead of {', '.join(others)}")
+    return WORKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAttention:
+    """What a token attends to, and how it knows its position."""
+
+    sliding_window_width: int | None = key(
+        None, tier=2, unit="tokens", minimum=1, outcome=refused("leave it out: full attention")
+    )
+    """A token sees itself and so many tokens before it. Unset: all before it."""
+
+    use_qk_layernorm: bool | None = key(False, tier=2, outcome=refused("set it to false"))
+    """Normalise queries and keys before they meet."""
+
+    pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] | None = key(
+        "learned", outcome=only("rotary", "learned", "none", advice="use rotary")
+    )
+    """Position scheme: a learned table, rotary, sinusoids, T5's relative bias, ALiBi, or none."""
+
+    rpe_num_buckets: int | None = key(32, tier=2, minimum=1, outcome=part_of("pos_emb: rpe"))
+    """Distances T5's relative bias tells apart."""
+
+    rpe_max_distance: int | None = key(
+        128, tier=2, unit="tokens", minimum=1, outcome=part_of("pos_emb: rpe")
+    )
+    """Distance from which T5's relative bias treats all alike."""
+
+    opt_pos_emb_offset: int | None = key(0, tier=2, unit="tokens", outcome=refused("set it to 0"))
+    """Added to learned positions before the table is read; OPT's models need 2."""
+
+    attention_config: list[Any] | None = key(None, outcome=_judge_attention)
+    """Attention per layer: ``[[[type, ...], count or "all"], ...]``, or one name per layer. Unset:
+    global everywhere. ``flash`` and ``global`` are the same exact attention here."""
+
+    sparsity_config: dict[str, Any] | None = key(
+        None, tier=3, outcome=part_of("attention_config with a sparse type")
+    )
+    """Options of the sparse attention types."""
+
+    apply_query_key_layer_scaling: bool | None = key(False, outcome=refused("set it to false"))
+    """Divide scores by the layer's number and multiply again inside an fp32 softmax."""
+
+    attention_softmax_in_fp32: bool | None = key(False, outcome=WORKS)
+    """Compute the softmax in fp32 whatever the precision."""
+
+    rotary_pct: float | None = key(
+        1.0, unit="of a head's width", minimum=0, maximum=1, outcome=WORKS
+    )
+    """Part of every head that is rotated."""
+
+    rotary_emb_base: int | None = key(10000, minimum=1, outcome=WORKS)
+    """Base of the rotary frequencies; a whole number."""
+
+    rotary_save_freqs_buffer: bool | None = key(False, tier=2, outcome=refused("set it to false"))
+    """Keep the rotary frequencies in checkpoints."""

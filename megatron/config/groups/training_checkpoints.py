@@ -1,0 +1,71 @@
+"""Training keys: saving and loading."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.config.declare import WORKS, key, no_effect, part_of, refused
+
+__all__ = ["TrainingCheckpoints"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCheckpoints:
+    """When and where checkpoints are written, and what is taken from one."""
+
+    save: str | None = key(None, outcome=WORKS)
+    """Folder of the run: checkpoints and records. Unset: nothing is kept. With it,
+    ``checkpoint_factor`` or ``extra_save_iters`` must say when."""
+
+    s3_path: str | None = key(
+        None, tier=3, outcome=refused("leave it out and copy the save folder yourself")
+    )
+    """``s3://bucket/prefix`` to copy checkpoints to."""
+
+    s3_chunk_size: int | None = key(
+        104_857_600, tier=3, unit="bytes", minimum=1, outcome=part_of("s3_path")
+    )
+    """Size of the pieces a file is uploaded in."""
+
+    config_files: dict[str, Any] | None = key(None, is_derived=True, outcome=WORKS)
+    """Text of the configuration files by name, kept with every checkpoint; filled in by loading."""
+
+    load: str | None = key(None, outcome=WORKS)
+    """Folder to resume from. Unset: begin at step 0."""
+
+    checkpoint_validation_with_forward_pass: bool | None = key(
+        False, tier=2, outcome=refused("set it to false; checkpoints are checked in other ways")
+    )
+    """Store the logits of a fixed input and compare them after loading."""
+
+    checkpoint_scale: Literal["linear", "log"] | None = key("linear", outcome=WORKS)
+    """``linear``: save every ``checkpoint_factor`` steps. ``log``: at its powers."""
+
+    checkpoint_factor: int | float | None = key(
+        None, unit="steps, or ratio with log scale", minimum=1, outcome=WORKS
+    )
+    """Distance between saves, or ratio of their steps. Unset: only ``extra_save_iters``."""
+
+    extra_save_iters: list[int] | None = key(None, unit="steps", outcome=WORKS)
+    """Steps to save at as well; 0 is the state before training."""
+
+    no_save_optim: bool | None = key(
+        False, tier=2, outcome=no_effect("the optimizer is always saved, as in NeoX")
+    )
+    """Meant to leave the optimizer out of checkpoints."""
+
+    no_save_rng: bool | None = key(
+        False, tier=2, outcome=no_effect("random state is always saved, or resuming isn't exact")
+    )
+    """Leave random state out of checkpoints."""
+
+    no_load_optim: bool | None = key(False, outcome=WORKS)
+    """Don't take optimizer and learning-rate schedule from the checkpoint."""
+
+    no_load_rng: bool | None = key(False, outcome=WORKS)
+    """Don't take random state from the checkpoint."""
+
+    finetune: bool | None = key(False, outcome=WORKS)
+    """Take only the weights and begin a new run at step 0."""
+
+    keep_last_n_checkpoints: int | None = key(None, minimum=1, outcome=WORKS)
+    """Delete older checkpoints beyond so many. Unset: keep all."""
