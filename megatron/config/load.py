@@ -3,13 +3,13 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron.base.errors import ConfigError
 from megatron.config.coercion import coerce
-from megatron.config.derivations import DERIVATIONS, derive_parallelism
+from megatron.config.derivations import DERIVATIONS, parallelism_derivation
 from megatron.config.draft import Draft, keys_read
 from megatron.config.registry import Key, closest, keys, resolve_alias
 from megatron.config.run_config import RunConfig, build_run_config
@@ -87,9 +87,7 @@ def resolve(
         draft = draft.updated({"config_files": dict(config_files)})
     if draft["git_hash"] is None:
         draft = draft.updated({"git_hash": _git_hash(os.getcwd())})
-    parallelism = partial(derive_parallelism, local_slots=local_slots, environ=environ)
-    parallelism.__dict__["reads"] = keys_read(derive_parallelism)
-    for derivation in (parallelism, *DERIVATIONS):
+    for derivation in (parallelism_derivation(local_slots, environ), *DERIVATIONS):
         if bad & keys_read(derivation):
             continue
         try:

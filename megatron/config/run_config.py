@@ -1,7 +1,7 @@
 """The finished configuration: one frozen value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron.config.batch_geometry import BatchGeometry
@@ -99,7 +99,7 @@ def build_run_config(
 ) -> RunConfig:
     """Put resolved values into groups and work out topology and geometry."""
     groups: dict[str, Any] = {
-        name: group(**{key: values[key] for key in group.__dataclass_fields__})
+        name: group(**{item.name: values[item.name] for item in fields(group)})
         for name, group in GROUPS.items()
     }
     stages, tensor = max(1, values["pipe_parallel_size"]), values["model_parallel_size"]

@@ -12,14 +12,14 @@ from megatron.config.derivations.optimization import (
     derive_zero,
 )
 from megatron.config.derivations.precision import derive_loss_scale, derive_precision
-from megatron.config.derivations.ranks import derive_parallelism
+from megatron.config.derivations.ranks import parallelism_derivation
 from megatron.config.draft import Draft
 
-__all__ = ["DERIVATIONS", "Derivation", "derive_parallelism"]
+__all__ = ["DERIVATIONS", "Derivation", "parallelism_derivation"]
 
 Derivation = Callable[[Draft], Mapping[str, Any]]
 
-# After derive_parallelism, which also needs to know the machine.
+# After parallelism_derivation, which also needs to know the machine.
 DERIVATIONS: tuple[Derivation, ...] = (
     derive_batch,
     derive_precision,

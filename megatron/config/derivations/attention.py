@@ -50,9 +50,9 @@ def derive_attention(draft: Draft) -> dict[str, Any]:
 
 
 def _spell_out(config: list[Any], num_layers: int, where: str) -> list[Any]:
+    layers: list[Any] = []
     if all(isinstance(item, str) for item in config):
         return config
-    layers: list[Any] = []
     for item in config:
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list)):
             raise ConfigError(f'{where}: {item!r} should be [[type, ...], count or "all"]')
@@ -63,7 +63,7 @@ def _spell_out(config: list[Any], num_layers: int, where: str) -> list[Any]:
                 raise ConfigError(
                     f"{where}: {len(types)} types can't repeat over num_layers={num_layers}"
                 )
-            return types * (num_layers // len(types))
+            return list(types) * (num_layers // len(types))
         if type(count) is not int:
             raise ConfigError(f'{where}: {count!r} should be a number of layers or "all"')
         layers += types * count

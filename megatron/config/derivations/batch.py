@@ -38,6 +38,7 @@ def derive_batch(draft: Draft) -> dict[str, Any]:
             f"how large is a batch? set {_MICRO} (samples per rank) or {_TOTAL} (samples per step)"
         )
     if total is None:
+        assert micro is not None  # noqa: S101 - one of the two is given
         accumulation = accumulation or 1
         total = micro * accumulation * data_parallel_size
     elif micro is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron.base.errors import ConfigError
 from megatron.config.draft import Draft, reads
 
-__all__ = ["default_hostfile", "derive_parallelism"]
+__all__ = ["default_hostfile", "parallelism_derivation"]
 
 _DEFAULT_HOSTFILE = "/job/hostfile"
 
@@ -18,28 +18,40 @@ def default_hostfile(environ: Mapping[str, str]) -> str | None:
     return path if os.path.isfile(path) else None
 
 
-@reads(
-    "global_num_gpus",
-    "hostfile",
-    "include",
-    "exclude",
-    "num_nodes",
-    "num_gpus",
-    "pipe_parallel_size",
-    "model_parallel_size",
-)
-def derive_parallelism(
-    draft: Draft, *, local_slots: Callable[[], int], environ: Mapping[str, str]
-) -> dict[str, Any]:
-    """Count the ranks unless ``global_num_gpus`` gives them, and divide them.
+def parallelism_derivation(
+    local_slots: Callable[[], int], environ: Mapping[str, str]
+) -> Callable[[Draft], dict[str, Any]]:
+    """Return the derivation that counts the ranks and divides them.
+
+    It is the one that may look at the machine: ``local_slots`` answers how many devices there are,
+    ``environ`` names the default host file.
+    """
+
+    @reads(
+        "global_num_gpus",
+        "hostfile",
+        "include",
+        "exclude",
+        "num_nodes",
+        "num_gpus",
+        "pipe_parallel_size",
+        "model_parallel_size",
+    )
+    def derive_parallelism(draft: Draft) -> dict[str, Any]:
+        if draft["global_num_gpus"] is not None:
+            return _divide(draft, draft["global_num_gpus"], draft.say("global_num_gpus"))
+        ranks, source = _count_slots(draft, local_slots, environ)
+        return _divide(draft, ranks, source)
+
+    return derive_parallelism
+
+
+def _divide(draft: Draft, ranks: int, source: str) -> dict[str, Any]:
+    """Divide ``ranks``, whose number comes from ``source``.
 
     Raises:
-        ConfigError: the ranks asked for aren't there, or can't be divided evenly.
+        ConfigError: they are too few, or can't be divided evenly.
     """
-    if draft["global_num_gpus"] is not None:
-        ranks, source = draft["global_num_gpus"], draft.say("global_num_gpus")
-    else:
-        ranks, source = _count_slots(draft, local_slots, environ)
     model_parallel_size = max(1, draft["model_parallel_size"] or 1)
     pipe_parallel_size = draft["pipe_parallel_size"] or 0
     replica = max(1, pipe_parallel_size) * model_parallel_size
@@ -50,10 +62,11 @@ def derive_parallelism(
             "lower one of them, or raise num_gpus or the hostfile's slots"
         )
     if ranks % replica:
+        below = ranks // replica * replica
         raise ConfigError(
             f"{ranks} ranks ({source}) can't be divided by {product} = {replica}: the "
-            f"data-parallel size must be a whole number; nearest: {ranks // replica * replica} or "
-            f"{(ranks // replica + 1) * replica} ranks"
+            "data-parallel size must be a whole number; "
+            f"nearest: {below} or {below + replica} ranks"
         )
     return {
         "global_num_gpus": ranks,
