@@ -1,0 +1,289 @@
+"""The save directory: which checkpoints it holds, which one is loaded, when one is due or deleted.
+
+    <save>/
+      latest                 the pointer NeoX and DeepSpeed read, replaced last and atomically
+      global_stepN/          a checkpoint; a directory of this name is complete
+      .tmp-global_stepN-…    one being written, or what a killed save left
+      .deleted-global_stepN-…, .replaced-global_stepN-…    on their way out
+      attempts/, lock.json
+
+Nothing here opens a tensor file, so tools can ask without importing torch.
+"""
+
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Literal
+
+from megatron.base.atomic_files import fsync_directory, write_atomically
+from megatron.base.errors import CheckpointError, RunDirectoryError
+
+__all__ = [
+    "checkpoint_path",
+    "choose_checkpoint",
+    "commit_checkpoint",
+    "deletable",
+    "delete_old_checkpoints",
+    "is_save_step",
+    "list_checkpoints",
+    "read_latest",
+    "remove_leftovers",
+    "step_of",
+    "temporary_name",
+    "write_latest",
+]
+
+_LATEST = "latest"
+_WRITING, _DELETED, _REPLACED = ".tmp-", ".deleted-", ".replaced-"
+_CHECKPOINT_NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
+_NAMED_IN_MESSAGES = 8
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` lies or would lie."""
+    return directory / f"global_step{step}"
+
+
+def step_of(name: str) -> int | None:
+    """Return N if ``name`` is exactly ``global_stepN``, else None."""
+    match = _CHECKPOINT_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(directory: Path) -> list[int]:
+    """Return the steps whose ``global_stepN`` lies in ``directory``, ascending.
+
+    ``global_step5_backup``, files and hidden names do not count; a missing directory has none.
+    """
+    if not directory.is_dir():
+        return []
+    steps = (step_of(entry.name) for entry in directory.iterdir() if entry.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+def read_latest(directory: Path) -> int | None:
+    """Return the step that ``latest`` names, None if there is no such file.
+
+    Raises:
+        CheckpointError: the file is empty, names no checkpoint, or one that is not there.
+    """
+    path = directory / _LATEST
+    try:
+        content = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    step = step_of(content)
+    if step is None:
+        what = "is empty" if not content else f"holds {content[:80]!r}, not global_stepN"
+        raise CheckpointError(f"{path} {what} (an interrupted write?); {_advice(directory)}")
+    if not checkpoint_path(directory, step).is_dir():
+        raise CheckpointError(
+            f"{path} names {content}, which is not in {directory}; {_advice(directory)}"
+        )
+    return step
+
+
+def write_latest(directory: Path, step: int) -> None:
+    """Point ``latest`` at the checkpoint of ``step``; readers see the old pointer or the new."""
+    write_atomically(directory / _LATEST, f"global_step{step}")
+
+
+def choose_checkpoint(
+    load: Path | None, save: Path | None, *, iteration: int | None, finetune: bool
+) -> Path | None:
+    """Return the checkpoint a launch loads, or None when it starts at iteration 0.
+
+    Only two launches start at 0: one without ``load``, and one whose ``load`` equals ``save`` and
+    finds no checkpoint there (the first of a run that will be continued by the same command).
+
+    Args:
+        load: directory to load from, if any.
+        save: directory this run saves to, if any.
+        iteration: load this step instead of the one ``latest`` names.
+        finetune: start a new run from the weights.
+
+    Raises:
+        CheckpointError: what was asked for is not there, or loading it would lose what is there.
+    """
+    is_continuation = load is not None and save is not None and load.resolve() == save.resolve()
+    _refuse_losing_checkpoints(load, save, finetune=finetune, is_continuation=is_continuation)
+    if load is None:
+        if iteration is not None or finetune:
+            key = f"iteration: {iteration}" if iteration is not None else "finetune: true"
+            raise CheckpointError(f"{key} is set but load is not: there is nothing to load it from")
+        return None
+    steps = list_checkpoints(load)
+    if iteration is not None:
+        if iteration not in steps:
+            raise CheckpointError(
+                f"iteration: {iteration} was asked for, but {load} "
+                f"{'holds ' + _names(steps) if steps else _emptiness(load)}"
+            )
+        return checkpoint_path(load, iteration)
+    latest = read_latest(load)
+    if latest is not None:
+        return checkpoint_path(load, latest)
+    if steps:
+        raise CheckpointError(f"{load / _LATEST} is missing; {_advice(load)}")
+    if is_continuation:
+        return None
+    raise CheckpointError(
+        f"load: {load} {_emptiness(load)}. A run starts at iteration 0 only without load, "
+        "or when load equals save"
+    )
+
+
+def is_save_step(
+    step: int,
+    *,
+    checkpoint_factor: float | None,
+    checkpoint_scale: Literal["linear", "log"],
+    extra_save_iters: Collection[int],
+) -> bool:
+    """Whether a checkpoint is due after ``step``.
+
+    ``linear`` saves every ``checkpoint_factor`` steps, ``log`` at the integer parts of its powers
+    (1, f, f², …). Step 0, the untrained model, is saved only if listed in ``extra_save_iters``.
+
+    Raises:
+        ValueError: the factor does not fit the scale.
+    """
+    if step in extra_save_iters:
+        return True
+    if checkpoint_factor is None or step < 1:
+        return False
+    if checkpoint_scale == "linear":
+        if checkpoint_factor < 1 or checkpoint_factor != int(checkpoint_factor):
+            raise ValueError(
+                f"checkpoint_factor {checkpoint_factor} with the linear scale must be a whole "
+                "number of steps"
+            )
+        return step % int(checkpoint_factor) == 0
+    if checkpoint_factor <= 1:
+        raise ValueError(f"checkpoint_factor {checkpoint_factor} with the log scale must exceed 1")
+    power = 0
+    while int(checkpoint_factor**power) < step:
+        power += 1
+    return int(checkpoint_factor**power) == step
+
+
+def deletable(steps: Iterable[int], *, keep_last_n: int, latest: int | None) -> list[int]:
+    """Return the steps beyond the newest ``keep_last_n`` that lead up to ``latest``, ascending.
+
+    Steps above ``latest`` were abandoned by a roll-back; they are left to the user, and they do not
+    push the checkpoints of the present course out.
+    """
+    if keep_last_n < 1:
+        raise ValueError(f"keep_last_n must be at least 1, got {keep_last_n}")
+    if latest is None:
+        return []
+    course = sorted(step for step in steps if step <= latest)
+    return [step for step in course[:-keep_last_n] if step != latest]
+
+
+def delete_old_checkpoints(save: Path, keep_last_n: int) -> list[int]:
+    """Delete what :func:`deletable` allows directly under ``save`` and return the steps.
+
+    A directory loses its name before its files, so a kill never leaves half a checkpoint.
+    Symbolic links are kept: what they point to is not ours.
+    """
+    candidates = deletable(
+        list_checkpoints(save), keep_last_n=keep_last_n, latest=read_latest(save)
+    )
+    deleted = [step for step in candidates if not checkpoint_path(save, step).is_symlink()]
+    for step in deleted:
+        shutil.rmtree(_hide(checkpoint_path(save, step), _DELETED))
+    return deleted
+
+
+def temporary_name(step: int) -> str:
+    """Return a new hidden name for the checkpoint of ``step`` while it is written."""
+    return f"{_WRITING}global_step{step}-{uuid.uuid4().hex[:12]}"
+
+
+def commit_checkpoint(temporary: Path, step: int) -> Path:
+    """Give a completely written checkpoint its name; one already there is replaced.
+
+    Raises:
+        RunDirectoryError: the directories cannot be renamed.
+    """
+    final = checkpoint_path(temporary.parent, step)
+    try:
+        replaced = _hide(final, _REPLACED) if final.exists() else None
+        temporary.rename(final)
+        fsync_directory(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except OSError as error:
+        raise RunDirectoryError(f"{temporary} could not become {final}: {error}") from error
+    return final
+
+
+def remove_leftovers(save: Path) -> list[str]:
+    """Delete what killed saves and deletions left under ``save``; call it only holding its lock.
+
+    If a kill fell between the two renames of :func:`commit_checkpoint`, the old checkpoint gets
+    its name back.
+
+    Returns:
+        The names removed or given back.
+    """
+    leftovers = sorted(
+        entry
+        for entry in save.glob(".*-global_step*")
+        if entry.name.startswith((_WRITING, _DELETED, _REPLACED)) and not entry.is_symlink()
+    )
+    for entry in leftovers:
+        step = step_of(entry.name.removeprefix(_REPLACED).rpartition("-")[0])
+        if step is not None and not checkpoint_path(save, step).exists():
+            entry.rename(checkpoint_path(save, step))
+        else:
+            shutil.rmtree(entry)
+    return [entry.name for entry in leftovers]
+
+
+def _refuse_losing_checkpoints(
+    load: Path | None, save: Path | None, *, finetune: bool, is_continuation: bool
+) -> None:
+    if finetune and is_continuation:
+        raise CheckpointError(
+            f"finetune: true starts a new run, but load and save are both {save}: "
+            "give the new run a save directory of its own"
+        )
+    kept = list_checkpoints(save) if save is not None else []
+    if kept and not is_continuation:
+        asked = "load is not set" if load is None else f"load is {load}"
+        raise CheckpointError(
+            f"save: {save} holds {_names(kept)}, but {asked}: starting there would overwrite them. "
+            f"To continue that run set load: {save} (and drop finetune); "
+            "for a new run choose an empty save"
+        )
+
+
+def _hide(path: Path, prefix: str) -> Path:
+    hidden = path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:12]}")
+    path.rename(hidden)
+    return hidden
+
+
+def _emptiness(directory: Path) -> str:
+    if not directory.exists():
+        return "does not exist"
+    return "holds no checkpoint" if directory.is_dir() else "is not a directory"
+
+
+def _advice(directory: Path) -> str:
+    steps = list_checkpoints(directory)
+    if not steps:
+        return f"{directory} {_emptiness(directory)}"
+    return f"{directory} holds {_names(steps)}; name one of them, such as iteration: {steps[-1]}"
+
+
+def _names(steps: list[int]) -> str:
+    newest = [f"global_step{step}" for step in reversed(steps[-_NAMED_IN_MESSAGES:])]
+    more = len(steps) - len(newest)
+    return ", ".join(newest) + (f" and {more} older" if more else "")

@@ -1,0 +1,213 @@
+"""Which checkpoint a launch loads, when one is due, which are deleted."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.base.errors import CheckpointError
+from megatron.ledger.run_directory import (
+    checkpoint_path,
+    choose_checkpoint,
+    commit_checkpoint,
+    deletable,
+    delete_old_checkpoints,
+    is_save_step,
+    list_checkpoints,
+    read_latest,
+    remove_leftovers,
+    temporary_name,
+    write_latest,
+)
+
+
+def make_run(directory: Path, *steps: int, latest: int | None = None) -> Path:
+    directory.mkdir(exist_ok=True)
+    for step in steps:
+        checkpoint_path(directory, step).mkdir()
+        (checkpoint_path(directory, step) / "mp_rank_00_model_states.pt").write_text(f"step {step}")
+    if latest is not None:
+        write_latest(directory, latest)
+    return directory
+
+
+def choose(load: Path | None, save: Path | None, **options: object) -> Path | None:
+    return choose_checkpoint(load, save, **{"iteration": None, "finetune": False, **options})
+
+
+def test_only_directories_named_exactly_global_step_are_checkpoints(tmp_path):
+    make_run(tmp_path, 10, 9, 100)
+    for other in ("global_step7_backup", "xglobal_step8", ".tmp-global_step6-ab", "global_step010"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "global_step11").write_text("a file")
+    assert list_checkpoints(tmp_path) == [9, 10, 100]
+
+
+def test_latest_is_read_as_neox_writes_it(tmp_path):
+    make_run(tmp_path, 20)
+    (tmp_path / "latest").write_text("global_step20")
+    assert read_latest(tmp_path) == 20
+    write_latest(tmp_path, 20)
+    assert (tmp_path / "latest").read_text() == "global_step20"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"latest is empty .*holds global_step20, global_step10; .*iteration: 20"),
+        ("global_step999", r"names global_step999, which is not in .*iteration: 20"),
+        ("../evil", r"holds '../evil', not global_stepN"),
+    ],
+)
+def test_a_damaged_latest_is_an_error_that_lists_what_is_there(tmp_path, content, message):
+    make_run(tmp_path, 10, 20)
+    (tmp_path / "latest").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        choose(tmp_path, tmp_path)
+
+
+def test_a_missing_latest_beside_checkpoints_is_never_a_start_at_0(tmp_path):
+    make_run(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"latest is missing; .*global_step10"):
+        choose(tmp_path, tmp_path)
+
+
+def test_the_first_launch_of_a_continued_run_starts_at_0(tmp_path):
+    assert choose(tmp_path / "new", tmp_path / "new") is None
+    (tmp_path / "new").mkdir()
+    assert choose(tmp_path / "new", tmp_path / "other" / ".." / "new") is None
+
+
+def test_the_same_command_continues_from_latest(tmp_path):
+    make_run(tmp_path, 10, 20, latest=10)
+    assert choose(tmp_path, tmp_path) == tmp_path / "global_step10"
+
+
+def test_a_named_iteration_wins_over_latest(tmp_path):
+    make_run(tmp_path, 0, 10, 20, latest=20)
+    assert choose(tmp_path, tmp_path, iteration=10) == tmp_path / "global_step10"
+    assert choose(tmp_path, None, iteration=0) == tmp_path / "global_step0"
+
+
+def test_an_absent_iteration_lists_the_available_ones(tmp_path):
+    make_run(tmp_path, 10, 20, latest=20)
+    with pytest.raises(CheckpointError, match=r"iteration: 7 .*global_step20, global_step10"):
+        choose(tmp_path, tmp_path, iteration=7)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_loading_elsewhere_needs_a_checkpoint(tmp_path, exists):
+    load = tmp_path / "typo"
+    if exists:
+        load.mkdir()
+    with pytest.raises(CheckpointError, match=r"does not exist|holds no checkpoint"):
+        choose(load, tmp_path / "save")
+
+
+def test_a_save_with_checkpoints_is_not_overwritten_by_a_run_that_does_not_load_it(tmp_path):
+    save = make_run(tmp_path / "save", 10, latest=10)
+    other = make_run(tmp_path / "other", 5, latest=5)
+    with pytest.raises(CheckpointError, match=r"load is not set.*overwrite.*set load: "):
+        choose(None, save)
+    with pytest.raises(CheckpointError, match=r"load is .*other.*overwrite"):
+        choose(other, save, finetune=True)
+
+
+def test_finetuning_needs_its_own_save(tmp_path):
+    make_run(tmp_path, 10, latest=10)
+    with pytest.raises(CheckpointError, match="finetune: true starts a new run"):
+        choose(tmp_path, tmp_path, finetune=True)
+    assert choose(tmp_path, tmp_path / "mine", finetune=True) == tmp_path / "global_step10"
+
+
+def test_asking_for_a_checkpoint_without_load_is_an_error(tmp_path):
+    assert choose(None, tmp_path / "save") is None
+    with pytest.raises(CheckpointError, match="iteration: 3 is set but load is not"):
+        choose(None, tmp_path / "save", iteration=3)
+    with pytest.raises(CheckpointError, match="finetune: true is set but load is not"):
+        choose(None, None, finetune=True)
+
+
+def test_linear_and_log_saves():
+    def due(factor, scale, extra=()):
+        return [
+            step
+            for step in range(21)
+            if is_save_step(
+                step, checkpoint_factor=factor, checkpoint_scale=scale, extra_save_iters=extra
+            )
+        ]
+
+    assert due(5, "linear") == [5, 10, 15, 20]
+    assert due(5.0, "linear", extra=(0, 7)) == [0, 5, 7, 10, 15, 20]
+    assert due(2, "log") == [1, 2, 4, 8, 16]
+    assert due(1.5, "log") == [1, 2, 3, 5, 7, 11, 17]  # int of 1, 1.5, 2.25, 3.375, 5.06, ...
+    assert due(None, "linear", extra=(3,)) == [3]
+    with pytest.raises(ValueError, match="whole number"):
+        due(2.5, "linear")
+    with pytest.raises(ValueError, match="must exceed 1"):
+        due(1, "log")
+
+
+@given(
+    steps=st.sets(st.integers(0, 50), min_size=1),
+    keep=st.integers(1, 5),
+    data=st.data(),
+)
+def test_deletion_keeps_latest_and_everything_abandoned_after_it(steps, keep, data):
+    latest = data.draw(st.sampled_from(sorted(steps)))
+    deleted = deletable(steps, keep_last_n=keep, latest=latest)
+    kept = steps - set(deleted)
+    assert latest in kept
+    assert all(step in kept for step in steps if step > latest)
+    assert len([step for step in kept if step <= latest]) == min(
+        keep, len([step for step in steps if step <= latest])
+    )
+    assert not deleted or max(deleted) < min(step for step in kept if step <= latest)
+
+
+def test_deletion_touches_only_checkpoints_directly_in_save(tmp_path):
+    save = make_run(tmp_path / "has_global_step1_in_its_path", 5, 10, 15, 20, latest=20)
+    (save / "global_step2_backup").mkdir()
+    (save / "logs" / "global_step3").mkdir(parents=True)
+    elsewhere = make_run(tmp_path / "elsewhere", 4)
+    os.symlink(elsewhere / "global_step4", save / "global_step4")
+    assert delete_old_checkpoints(save, 2) == [5, 10]
+    assert list_checkpoints(save) == [4, 15, 20]
+    assert (save / "global_step2_backup").is_dir()
+    assert (save / "logs" / "global_step3").is_dir()
+    assert list_checkpoints(elsewhere) == [4]
+    assert not list(save.glob(".deleted-*"))
+
+
+def test_after_a_roll_back_the_newest_save_is_kept(tmp_path):
+    make_run(tmp_path, 500, 1000, 2000, 3000, latest=500)
+    assert delete_old_checkpoints(tmp_path, 1) == []
+
+
+def test_committing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
+    make_run(tmp_path, 10)
+    temporary = tmp_path / temporary_name(10)
+    temporary.mkdir()
+    (temporary / "new").touch()
+    assert list_checkpoints(tmp_path) == [10]
+    assert commit_checkpoint(temporary, 10) == tmp_path / "global_step10"
+    assert [path.name for path in (tmp_path / "global_step10").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step10"]
+
+
+def test_leftovers_of_a_killed_save_go_and_a_half_swapped_checkpoint_returns(tmp_path):
+    make_run(tmp_path, 5, 10, latest=10)
+    (tmp_path / temporary_name(15)).mkdir()
+    (tmp_path / "global_step10").rename(tmp_path / ".replaced-global_step10-0123456789ab")
+    (tmp_path / ".replaced-global_step5-0123456789ab").mkdir()
+    (tmp_path / ".deleted-global_step4-0123456789ab").mkdir()
+    assert len(remove_leftovers(tmp_path)) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "global_step10",
+        "global_step5",
+        "latest",
+    ]
+    assert (tmp_path / "global_step10" / "mp_rank_00_model_states.pt").exists()
