@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for use without an install
+
 from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import ConfigError, DatasetError
 from megatron.base.printing import print_rank_0

@@ -1,0 +1,1 @@
+"""Command-line tools. Each parses its options, calls one library function and prints."""

@@ -1,0 +1,1 @@
+"""Tools that make, join and count datasets."""
