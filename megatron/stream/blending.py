@@ -5,13 +5,16 @@ index wins a tie. The rule is sequential, so the counts before every 65,536th dr
 any position is found by drawing at most that many.
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import ConfigError
 from megatron.stream import compiled
 
@@ -20,6 +23,7 @@ __all__ = ["Blend", "normalised", "weights_by_num_documents"]
 DRAWS_PER_CHUNK = 65536
 _MAX_DATASETS = np.iinfo(np.int16).max
 _CHUNKS_IN_MEMORY = 16
+_COUNTS_MAGIC = b"NXBLEND1"  # then SHA-256 of the rest, then int64 rows of counts
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
@@ -88,12 +92,42 @@ class Blend:
             samples[chosen] = drawn_samples[offsets[chosen]]
         return datasets, samples
 
-    def counts_through(self, num_draws: int) -> NDArray[np.int64]:
-        """Return the kept counts for all chunks that begin before draw ``num_draws``."""
+    @property
+    def name(self) -> str:
+        """Sixteen hexadecimal digits that name the weights; equal weights draw equally."""
+        weights = ",".join(weight.hex() for weight in self.weights.tolist())
+        return hashlib.sha256(weights.encode()).hexdigest()[:16]
+
+    def save_counts(self, path: Path, num_draws: int) -> None:
+        """Keep the counts for the first ``num_draws`` positions in a file, if it has fewer yet.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if self.num_datasets == 1:
+            return
+        self.load_counts(path)
+        num_chunks = -(-num_draws // DRAWS_PER_CHUNK)
         with self._lock:
-            num_chunks = -(-num_draws // DRAWS_PER_CHUNK)
+            if len(self._counts) >= num_chunks and path.exists():
+                return
             self._extend(max(0, num_chunks - 1))
-            return self._counts[: max(1, num_chunks)]
+            content = self._counts.tobytes()
+        write_atomically(path, _COUNTS_MAGIC + hashlib.sha256(content).digest() + content)
+
+    def load_counts(self, path: Path) -> None:
+        """Take the counts that :meth:`save_counts` left; without them they are drawn again."""
+        if self.num_datasets == 1 or not path.exists():
+            return
+        content = path.read_bytes()
+        start = len(_COUNTS_MAGIC) + hashlib.sha256().digest_size
+        digest, rows = content[len(_COUNTS_MAGIC) : start], content[start:]
+        if not content.startswith(_COUNTS_MAGIC) or hashlib.sha256(rows).digest() != digest:
+            return
+        counts = np.frombuffer(rows, dtype=np.int64).reshape(-1, self.num_datasets)
+        with self._lock:
+            if len(counts) > len(self._counts):
+                self._counts = counts
 
     def _chunk(self, chunk: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
         with self._lock:

@@ -6,6 +6,7 @@ against the dataset once and rebuilt if they don't fit.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from megatron.stream.index_file import IndexFile
 from megatron.stream.index_maps import (
     PackedMaps,
     PackedShape,
+    build_packed_maps,
     sample_rows,
     shuffled_documents,
     shuffled_samples,
@@ -32,7 +34,7 @@ from megatron.stream.index_maps import (
 from megatron.stream.legacy_random import LegacyGenerator
 from megatron.stream.replaced_file import replaced_file
 
-__all__ = ["MapRequest", "build_map_files", "open_map_files"]
+__all__ = ["MapRequest", "build_map_files", "open_map_files", "open_or_build_maps"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,27 @@ def open_map_files(request: MapRequest) -> PackedMaps:
     )
 
 
+def open_or_build_maps(request: MapRequest) -> PackedMaps:
+    """Open the files for ``request``; whoever comes first, at any time, builds them.
+
+    Where nothing can be written the maps are computed in memory.
+    """
+    try:
+        with _locked(Path(f"{request.stem}.lock")):
+            build_map_files(request)
+        return open_map_files(request)
+    except (OSError, DatasetError) as error:
+        logger.warning("%s; they are computed in the memory of every reading process", error)
+        return build_packed_maps(request.index.sizes, request.shape, request.seed)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, so it can't be left behind
+        yield
+
+
 def _write_maps(request: MapRequest) -> None:
     # Rows are written as they are computed, and the samples are shuffled meanwhile: at no time is
     # more in memory than doc_idx, shuffle_idx and one piece of sample_idx.
@@ -140,9 +163,11 @@ def _load(shape: PackedShape, paths: dict[str, Path]) -> tuple[PackedMaps, None]
     arrays = {}
     for name, path in paths.items():
         try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:  # what np.load raises for a damaged file
             return None, f"{path.name} cannot be read ({error})"
+        # A plain array on the same pages: the memmap class makes every small look-up slower.
+        arrays[name] = mapped.view(np.ndarray)
     integers = (np.dtype(np.int32), np.dtype(np.int64))
     expected = {
         "doc_idx": ((shape.num_epochs * len(shape.documents),), integers[:1]),

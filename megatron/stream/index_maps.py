@@ -60,6 +60,12 @@ class PackedShape:
         """NeoX's rule."""
         return np.dtype(np.int64 if self.num_samples >= 4294967294 else np.uint32)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the three arrays."""
+        per_sample = 2 * self.sample_idx_dtype.itemsize + self.shuffle_idx_dtype.itemsize
+        return 4 * self.num_epochs * len(self.documents) + self.num_samples * per_sample
+
 
 @dataclass(frozen=True)
 class PackedMaps:

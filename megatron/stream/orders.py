@@ -48,7 +48,6 @@ class PackedOrder:
 
     Args:
         dataset: where the tokens are.
-        seq_length: tokens a sample consumes; it has one more.
         head: NeoX's index maps.
         tail_shape: size of every tail block.
         tail_maps: computes the maps of tail block k (from 1).
@@ -57,13 +56,11 @@ class PackedOrder:
     def __init__(
         self,
         dataset: IndexedDataset,
-        seq_length: int,
         head: PackedMaps,
         tail_shape: PackedShape,
         tail_maps: Callable[[int], PackedMaps],
     ) -> None:
         self.dataset = dataset
-        self.seq_length = seq_length
         self.head = head
         self.tail_shape = tail_shape
         self._tail_maps = tail_maps
@@ -143,7 +140,7 @@ class PackedOrder:
             DatasetError: the maps do not give seq_length + 1 tokens for every sample.
         """
         spans = self.spans(block, sample)
-        width = self.seq_length + 1
+        width = self.tail_shape.seq_length + 1
         filled = np.cumsum(spans.length) - spans.length
         num_tokens = int(filled[-1] + spans.length[-1]) if len(spans) else 0
         if num_tokens != len(sample) * width:

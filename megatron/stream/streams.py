@@ -1,15 +1,19 @@
 """Opening what the configuration names as training, validation and test data."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from pathlib import Path
 
 from megatron.base.errors import ConfigError, DatasetError
 from megatron.stream.blending import Blend, normalised, weights_by_num_documents
-from megatron.stream.index_map_files import MapRequest, build_map_files, open_map_files
+from megatron.stream.index_map_files import (
+    MapRequest,
+    build_map_files,
+    open_map_files,
+    open_or_build_maps,
+)
 from megatron.stream.index_maps import (
     PackedMaps,
     PackedShape,
@@ -20,8 +24,11 @@ from megatron.stream.index_maps import (
 from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.orders import PackedOrder, tail_seed
 from megatron.stream.sample_counts import SplitCounts, samples_per_dataset, split_documents
+from megatron.stream.sample_stream import Stream
 
-__all__ = ["SampleRefs", "SplitCounts", "Stream", "StreamSettings", "Streams", "open_streams"]
+__all__ = ["SplitCounts", "Stream", "StreamSettings", "Streams", "open_streams"]
+
+_TAIL_BYTES_IN_MEMORY = 64 << 20  # a larger tail block is kept in files that all readers share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,73 +52,6 @@ class StreamSettings:
     data_impl: str = "infer"
     mmap_warmup: bool = False
     train_epochs: int | None = None
-
-
-@dataclass(frozen=True)
-class SampleRefs:
-    """Which samples stand at the positions asked for, one entry each."""
-
-    dataset: NDArray[np.int16]  # index into Stream.orders
-    block: NDArray[np.int64]  # 0 is the head, 1 and on are tail blocks
-    sample: NDArray[np.int64]  # row of the block's sample_idx
-
-
-class Stream:
-    """Samples by position, endless: one order, or a blend of several.
-
-    Args:
-        orders: one per dataset.
-        blend: how they are mixed; None for a single one.
-    """
-
-    def __init__(self, orders: Sequence[PackedOrder], blend: Blend | None) -> None:
-        self.orders = tuple(orders)
-        self.blend = blend
-        self.seq_length = orders[0].seq_length
-        self.dtype: np.dtype[Any] = np.result_type(*(order.dataset.dtype for order in orders))
-
-    def __len__(self) -> int:
-        """Return the length of NeoX's dataset; positions from there on are fine too."""
-        return sum(order.head_length for order in self.orders)
-
-    def locate(self, positions: ArrayLike) -> SampleRefs:
-        """Return the samples at ``positions``.
-
-        Raises:
-            ValueError: a position is negative.
-        """
-        positions = np.asarray(positions, dtype=np.int64)
-        if self.blend is None:
-            block, sample = self.orders[0].locate(positions)
-            return SampleRefs(np.zeros(len(positions), dtype=np.int16), block, sample)
-        dataset, index = self.blend.locate(positions)
-        block = np.empty(len(positions), dtype=np.int64)
-        sample = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(dataset):
-            chosen = np.flatnonzero(dataset == number)
-            block[chosen], sample[chosen] = self.orders[number].locate(index[chosen])
-        return SampleRefs(dataset, block, sample)
-
-    def read(self, positions: ArrayLike) -> NDArray[Any]:
-        """Return the tokens at ``positions``: shape (len(positions), seq_length + 1), storage type.
-
-        Any number of threads may read at the same time.
-
-        Raises:
-            ValueError: a position is negative.
-        """
-        refs = self.locate(positions)
-        out = np.empty((len(refs.sample), self.seq_length + 1), dtype=self.dtype)
-        for number in np.unique(refs.dataset):
-            order = self.orders[number]
-            rows = np.flatnonzero(refs.dataset == number)
-            if order.dataset.dtype == self.dtype:
-                order.read(refs.block[rows], refs.sample[rows], out, rows)
-            else:  # a blend of files in different types
-                part = np.empty((len(rows), out.shape[1]), dtype=order.dataset.dtype)
-                order.read(refs.block[rows], refs.sample[rows], part, np.arange(len(rows)))
-                out[rows] = part
-        return out
 
 
 @dataclass(frozen=True)
@@ -144,11 +84,10 @@ def open_streams(
     """
     _check(settings)
     plans = _plan(settings, requested)
-    requests = [request for plan in plans for request in plan.requests]
     try:
         if is_builder:
-            for request in requests:
-                build_map_files(request)
+            for plan in plans:
+                plan.build_files()
     finally:
         barrier()  # also on an error, so that the others fail too instead of waiting
     return Streams(*(plan.open() for plan in plans))
@@ -159,41 +98,64 @@ class _Component:
     """One dataset of a stream before its index maps exist."""
 
     dataset: IndexedDataset
-    shape: PackedShape
+    name: str
     request: MapRequest
 
     def open(self) -> PackedOrder:
-        shape, seed = self.shape, self.request.seed
-        tail_shape = PackedShape(
-            documents=shape.documents,
-            tokens_per_epoch=shape.tokens_per_epoch,
-            num_epochs=epochs_needed(shape.tokens_per_epoch, shape.seq_length, 1),
-            seq_length=shape.seq_length,
+        return PackedOrder(
+            self.dataset,
+            head=open_map_files(self.request),
+            tail_shape=self._tail_shape,
+            tail_maps=self._tail_maps,
         )
 
-        def tail_maps(block: int) -> PackedMaps:
-            return build_packed_maps(self.dataset.sizes, tail_shape, tail_seed(seed, block))
+    @property
+    def _tail_shape(self) -> PackedShape:
+        shape = self.request.shape
+        epochs = epochs_needed(shape.tokens_per_epoch, shape.seq_length, num_samples=1)
+        return dataclasses.replace(shape, num_epochs=epochs)
 
-        head = open_map_files(self.request)
-        return PackedOrder(self.dataset, shape.seq_length, head, tail_shape, tail_maps)
+    def _tail_maps(self, block: int) -> PackedMaps:
+        shape = self._tail_shape
+        seed = tail_seed(self.request.seed, block)
+        if shape.size_bytes <= _TAIL_BYTES_IN_MEMORY:
+            return build_packed_maps(self.dataset.sizes, shape, seed)
+        # The documents are in the name: runs with different splits don't take turns at one file.
+        stem = (
+            f"{self.dataset.prefix}_{self.name}_tail{block}_"
+            f"{shape.documents.start}-{shape.documents.stop}docs_"
+            f"{shape.seq_length}sl_{self.request.seed}s_packedpi"
+        )
+        return open_or_build_maps(MapRequest(self.dataset.index, shape, seed, stem))
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One stream before its index maps exist; no components: no stream."""
 
+    split: str
     components: tuple[_Component, ...] = ()
-    weights: tuple[float, ...] | None = None
+    blend: Blend | None = None
 
-    @property
-    def requests(self) -> list[MapRequest]:
-        return [component.request for component in self.components]
+    def build_files(self) -> None:
+        for component in self.components:
+            build_map_files(component.request)
+        if self.blend is not None:
+            num_draws = sum(component.request.shape.num_samples for component in self.components)
+            # Without the file every reader draws from the start, as often as it starts.
+            with contextlib.suppress(OSError):
+                self.blend.save_counts(self._counts_path(self.blend), num_draws)
 
     def open(self) -> Stream | None:
         if not self.components:
             return None
-        blend = None if self.weights is None else Blend(self.weights)
-        return Stream([component.open() for component in self.components], blend)
+        if self.blend is not None:
+            self.blend.load_counts(self._counts_path(self.blend))
+        return Stream([component.open() for component in self.components], self.blend)
+
+    def _counts_path(self, blend: Blend) -> Path:
+        prefix = self.components[0].dataset.prefix
+        return Path(f"{prefix}_{self.split}_blend_{blend.name}.counts")
 
 
 def _check(settings: StreamSettings) -> None:
@@ -207,6 +169,14 @@ def _check(settings: StreamSettings) -> None:
         problems.append(
             f"data_impl={settings.data_impl}: the legacy format cannot be read; use mmap or infer"
         )
+    if settings.train_epochs is not None:
+        if settings.weight_by_num_documents:
+            problems.append("train_epochs does not go together with weight_by_num_documents")
+        if any(weight != 1.0 for weight in settings.train_data_weights or ()):
+            problems.append(
+                f"train_epochs needs equal weights, got train_data_weights="
+                f"{list(settings.train_data_weights or ())}; leave them out"
+            )
     if problems:
         raise ConfigError(*problems)
 
@@ -225,9 +195,9 @@ def _plan(settings: StreamSettings, requested: SplitCounts) -> list[_Plan]:
         single = dataset(settings.data_path)
         splits = split_documents(settings.split, len(single))
         return [
-            _Plan((_component(settings, single, name, documents, count),))
+            _Plan(name, (_component(settings, single, name, documents, count),))
             if documents and count != 0
-            else _Plan()
+            else _Plan(name)
             for name, documents, count in zip(names, splits, wanted, strict=True)
         ]
     paths = (settings.train_data_paths, settings.valid_data_paths, settings.test_data_paths)
@@ -235,7 +205,7 @@ def _plan(settings: StreamSettings, requested: SplitCounts) -> list[_Plan]:
     return [
         _blended_plan(settings, name, [dataset(path) for path in group], given, count)
         if group and count != 0
-        else _Plan()
+        else _Plan(name)
         for name, group, given, count in zip(names, paths, weights, wanted, strict=True)
     ]
 
@@ -261,11 +231,12 @@ def _blended_plan(
     if num_samples is not None:
         counts = samples_per_dataset(num_samples, weights)
     return _Plan(
+        split,
         tuple(
             _component(settings, dataset, f"{split}_{index}", range(len(dataset)), count)
             for index, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
         ),
-        tuple(weights),
+        Blend(weights),
     )
 
 
@@ -288,7 +259,7 @@ def _component(
     )
     stem = f"{v1_stem}_{settings.pack_impl}pi" + ("_ac" if settings.allow_chopped else "")
     request = MapRequest(dataset.index, shape, settings.seed, stem, other_stems=(v1_stem,))
-    return _Component(dataset, shape, request)
+    return _Component(dataset, name, request)
 
 
 def _open_tokens(path: str, *, warm_up: bool) -> IndexedDataset:

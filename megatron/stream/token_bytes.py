@@ -145,6 +145,6 @@ class TokenBytes:
             if shard.start == shard.stop:  # an empty file cannot be mapped
                 mapped = np.zeros(0, dtype=np.uint8)
             else:
-                mapped = np.memmap(shard.path, dtype=np.uint8, mode="r")
+                mapped = np.memmap(shard.path, dtype=np.uint8, mode="r").view(np.ndarray)
             self._maps[index] = mapped
         return mapped
