@@ -67,7 +67,7 @@ def run_ranks(
                 placement.first_rank + local_rank,
                 rank_command(user_script, arguments, local_rank),
                 rank_environment(placement, local_rank, environ, cores),
-                shares_terminal=placement.first_rank + local_rank == 0,
+                is_foreground=placement.first_rank + local_rank == 0,
             )
             guard.watch(process.pid)
             node.add(process)
@@ -84,10 +84,9 @@ class _Rank:
         self.tail = StderrTail()
         self.ended_at: float | None = None  # clock time; None while it runs
         self.was_told = False
-        prefix = b"" if process.rank == 0 else b"[rank %d] " % process.rank
-        self.pipes = [OutputPipe(process.stderr, _STDERR, prefix, self.tail)]
+        self.pipes = [OutputPipe(process.stderr, _STDERR, process.rank, self.tail)]
         if process.stdout is not None:
-            self.pipes.append(OutputPipe(process.stdout, _STDOUT, prefix))
+            self.pipes.append(OutputPipe(process.stdout, _STDOUT, process.rank))
 
 
 class _Node:
@@ -116,8 +115,7 @@ class _Node:
     def wait(self) -> None:
         """Return when every rank has ended, by itself or by us."""
         while self._running():
-            timeout = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
-            events = self._selector.select(timeout)
+            events = self._selector.select(self._seconds_to_next_step())
             # Signals and ends before output: a death is seen before the peers complain of it.
             for number in self._inbox.take():
                 if number != signal.SIGCHLD:
@@ -126,9 +124,7 @@ class _Node:
             for key, _ in events:
                 if key.data is not None:
                     self._pass_on(*key.data)
-            while self._due and self._due[0][0] <= time.monotonic():
-                _, act = self._due.pop(0)
-                act()
+            self._take_due_steps()
 
     def end_everything(self) -> None:
         """Leave nothing running and give every process id back."""
@@ -168,6 +164,23 @@ class _Node:
 
     def _running(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.ended_at is None]
+
+    def _prompts(self) -> list[tuple[float, OutputPipe]]:
+        pipes = [pipe for rank in self._ranks for pipe in rank.pipes]
+        return [(pipe.prompt_at, pipe) for pipe in pipes if pipe.prompt_at is not None]
+
+    def _seconds_to_next_step(self) -> float | None:
+        times = [when for when, _ in self._prompts()] + [when for when, _ in self._due[:1]]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _take_due_steps(self) -> None:
+        now = time.monotonic()
+        for when, pipe in self._prompts():
+            if when <= now:
+                pipe.show_prompt()
+        while self._due and self._due[0][0] <= now:
+            _, act = self._due.pop(0)
+            act()
 
     def _forward(self, number: int) -> None:
         self._forwarded.append(number)

@@ -66,9 +66,12 @@ def failure_report(ends: Sequence[RankEnd], first: RankEnd) -> str:
     then = "; ".join(map(str, others[:_LISTED]))
     if len(others) > _LISTED:
         then += f"; and {len(others) - _LISTED} more"
-    text = f"---- deepy: of {len(ends)} ranks this one failed first, after {first.ended_at:.1f} s\n"
-    text += f"---- {first} (process {first.pid})\n"
+    facts = f"{first}, after {first.ended_at:.1f} s (process {first.pid})"
+    end = f"---- the job ends with status {first.status}\n"
+    if len(ends) == 1:
+        return f"---- deepy: {facts}\n{end}"  # what it wrote stands right above
+    text = f"---- deepy: of {len(ends)} ranks this one failed first:\n---- {facts}\n"
     text += first.excerpt or "(it wrote nothing on stderr)\n"
     if then:
         text += f"---- then {then}\n"
-    return text + f"---- the job ends with status {first.status}\n"
+    return text + end

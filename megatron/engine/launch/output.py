@@ -1,8 +1,9 @@
 """Passes on what ranks write, and remembers the end of what each said on stderr.
 
-Rank 0 speaks for the job: its standard output is our own, so that progress bars and prompts see the
-terminal, and its standard error is passed on as it is. The other ranks' lines are passed on whole,
-each behind ``[rank N]``.
+Lines are passed on whole, so that ranks don't write into each other's. Rank 0 speaks for the job:
+its lines come as they are, and a prompt without line end after a moment. The other ranks' lines
+stand behind ``[rank N]``. (On a terminal rank 0's standard output doesn't come through here at all:
+it is the terminal, so that progress bars work.)
 """
 
 import os
@@ -13,7 +14,9 @@ from typing import IO
 
 __all__ = ["OutputPipe", "StderrTail", "write_all"]
 
-_CHUNK = 65536
+_CHUNK = 65536  # bytes; as much as a pipe holds
+_CHUNKS_AT_ONCE = 16  # so that a rank that never stops writing leaves room for signals
+_PROMPT_AFTER_S = 0.05
 _TAIL_LINES = 400
 _LAST_LINES = 20  # shown of a rank that left no traceback
 
@@ -65,51 +68,65 @@ class OutputPipe:
     """The reading end of one rank's output, passed on to one of our descriptors."""
 
     def __init__(
-        self, source: IO[bytes], target: int, prefix: bytes = b"", tail: StderrTail | None = None
+        self, source: IO[bytes], target: int, rank: int, tail: StderrTail | None = None
     ) -> None:
-        """Without ``prefix`` bytes go through as they come, else line by line behind it."""
         self._source = source
         self._target = target
-        self._prefix = prefix
+        self._prefix = b"[rank %d] " % rank if rank > 0 else b""
         self._tail = tail
-        self._partial = b""
+        self._partial = b""  # the beginning of a line whose end has not come yet
+        self._num_shown = 0  # bytes of it that were passed on already
+        self._partial_at = 0.0
         os.set_blocking(source.fileno(), False)
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
         return self._source.fileno()
 
+    @property
+    def prompt_at(self) -> float | None:
+        """When :meth:`show_prompt` should be called; None if there is nothing to show."""
+        if self._prefix or len(self._partial) == self._num_shown:
+            return None
+        return self._partial_at + _PROMPT_AFTER_S
+
+    def show_prompt(self) -> None:
+        """Pass on the beginning of a line that is likely to have no end soon."""
+        write_all(self._target, self._partial[self._num_shown :])
+        self._num_shown = len(self._partial)
+
     def pass_on(self, now: float) -> bool:
         """Pass on what is there; return False at the end of the stream."""
-        while True:
+        for _ in range(_CHUNKS_AT_ONCE):
             try:
                 chunk = os.read(self.fileno(), _CHUNK)
             except BlockingIOError:
                 return True
             if not chunk:
                 return False
-            self._take(chunk, now)
+            data = self._partial + chunk
+            # A carriage return at the very end may be half of a line end: wait for what follows.
+            lines = _LINE.findall(data, 0, len(data) - data.endswith(b"\r"))
+            self._partial = data[sum(map(len, lines)) :]
+            self._partial_at = now
+            self._write(lines, now)
+        return True
 
     def close(self, now: float) -> None:
-        """Pass on an unfinished last line and close."""
+        """Pass on an unfinished last line, with an end, and close."""
         if self._partial:
-            self._take(b"\n" if self._prefix else b"", now, is_last=True)
+            self._write([self._partial + b"\n"], now)
         self._source.close()
 
-    def _take(self, chunk: bytes, now: float, *, is_last: bool = False) -> None:
-        data = self._partial + chunk
-        # A carriage return at the very end may be half of a line end: wait for what follows.
-        stop = len(data) - 1 if data.endswith(b"\r") and not is_last else len(data)
-        lines = _LINE.findall(data, 0, stop)
-        self._partial = data[sum(map(len, lines)) :]
-        if is_last and self._partial:
-            lines.append(self._partial)
+    def _write(self, lines: list[bytes], now: float) -> None:
+        if not lines:
+            return
         if self._tail is not None:
             for line in lines:
                 self._tail.add(line, now)
-        if self._prefix:
-            chunk = b"".join(self._prefix + line for line in lines)
-        write_all(self._target, chunk)
+        passed = b"".join(self._prefix + line for line in lines)
+        write_all(self._target, passed[self._num_shown :])
+        self._num_shown = 0
 
 
 def write_all(descriptor: int, data: bytes) -> None:

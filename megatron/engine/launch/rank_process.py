@@ -11,6 +11,7 @@ from megatron.base.errors import LaunchError
 
 __all__ = ["Exit", "RankProcess", "signal_name", "start_rank"]
 
+_STDOUT = 1
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -45,7 +46,7 @@ class RankProcess:
         self.rank = rank
         self.exit: Exit | None = None
         self._process = process
-        self.stdout = process.stdout  # None for rank 0, who writes to ours
+        self.stdout = process.stdout  # None if it writes to ours
         assert process.stderr is not None  # noqa: S101 - start_rank asks for a pipe
         self.stderr = process.stderr
 
@@ -87,13 +88,13 @@ class RankProcess:
 
 
 def start_rank(
-    rank: int, command: Sequence[str], environment: Mapping[str, str], *, shares_terminal: bool
+    rank: int, command: Sequence[str], environment: Mapping[str, str], *, is_foreground: bool
 ) -> RankProcess:
     """Start a rank.
 
     Args:
-        shares_terminal: it reads our standard input and writes straight to our standard output, so
-            that prompts and progress bars work.
+        is_foreground: it reads our standard input, and writes straight to our standard output if
+            that is a terminal, so that prompts and progress bars work.
 
     Raises:
         LaunchError: the process can't be started.
@@ -102,8 +103,8 @@ def start_rank(
         process = subprocess.Popen(
             command,
             env=dict(environment),
-            stdin=None if shares_terminal else subprocess.DEVNULL,
-            stdout=None if shares_terminal else subprocess.PIPE,
+            stdin=None if is_foreground else subprocess.DEVNULL,
+            stdout=None if is_foreground and os.isatty(_STDOUT) else subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,

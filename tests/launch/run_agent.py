@@ -1,0 +1,18 @@
+"""Starts ranks through the agent alone: ``run_agent.py NUM_RANKS SCRIPT [ARGUMENT ...]``."""
+
+import os
+import sys
+
+from megatron.engine.launch.agent import GraceTimes, run_ranks
+from megatron.engine.launch.placement import NodePlacement
+
+if __name__ == "__main__":
+    num_ranks, script, *arguments = sys.argv[1:]
+    status = run_ranks(
+        NodePlacement(slots=tuple(range(int(num_ranks))), master_port=29500),
+        script,
+        tuple(arguments),
+        environ=os.environ,
+        grace=GraceTimes(settle_s=0.5, terminate_s=0.5),
+    )
+    sys.exit(status)
