@@ -23,6 +23,7 @@ from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizers import build_optimizer
 from megatron.engine.seeding import rank_seed, seed_rank
 from megatron.engine.steps import LossFunction
+from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.layer_plan import layer_plan
@@ -124,7 +125,7 @@ def _loss(
 
 def _prepare_random_state(config: RunConfig, groups: ProcessGroups) -> None:
     checkpointing.configure(
-        groups.grid, partition_activations=config.training.partition_activations
+        TensorParallelUnit(groups), partition_activations=config.training.partition_activations
     )
     seed_rank(rank_seed(config.other.seed, groups.topology, groups.place))
 
@@ -178,7 +179,7 @@ def _build_engine(
         optimizer,
         LearningRateScheduler(optimizer, schedule),
         deepspeed_settings(
-            config.deepspeed_values(),
+            config.non_default("deepspeed"),
             geometry=config.geometry,
             precision=config.model.precision,
             fp16=keys.fp16,

@@ -15,6 +15,7 @@ from megatron.engine.distributed import ProcessGroups
 from megatron.engine.gradient_norm import GradientClipper
 from megatron.engine.sequential_model import SequentialModel
 from megatron.engine.steps import LossFunction
+from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 from megatron.model.layer_plan import PlannedLayer
 from megatron.optim.schedules import LearningRateScheduler
 
@@ -109,7 +110,7 @@ def initialize_engine(
         model=module,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        mpu=None if groups.topology.uses_pipeline_engine else groups.grid,
+        mpu=None if groups.topology.uses_pipeline_engine else TensorParallelUnit(groups),
         config=dict(deepspeed_settings),
         dist_init_required=False,
     )
