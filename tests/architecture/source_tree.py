@@ -38,6 +38,14 @@ def imports() -> Iterator[Import]:
         yield from _imports_of(name, path.read_text())
 
 
+def imports_below(*places: str) -> Iterator[Import]:
+    """Yield every import of the Python files at or below ``places`` of the repository."""
+    for place in places:
+        path = ROOT / place
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            yield from _imports_of(str(file.relative_to(ROOT)), file.read_text())
+
+
 def _imports_of(importer: str, source: str) -> Iterator[Import]:
     tree = ast.parse(source)
     inside_functions = {
