@@ -21,6 +21,11 @@ def name_of(requirement):
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
 
 
+def is_imported(name, imported):
+    module = IMPORT_NAMES.get(name, name)
+    return any(f"{found}.".startswith(f"{module}.") for found in imported)
+
+
 @pytest.mark.parametrize("file", REQUIREMENTS, ids=lambda file: file.name)
 def test_every_requirement_is_pinned_exactly(file):
     loose = [line for line in requirements_in(file) if "==" not in line and " @ git+" not in line]
@@ -44,10 +49,7 @@ def test_training_requires_what_our_code_imports_and_nothing_else():
     unused = [
         name
         for name in sorted(required)
-        if f'"{name}"' not in named
-        and not any(
-            f"{found}.".startswith(f"{IMPORT_NAMES.get(name, name)}.") for found in imported
-        )
+        if f'"{name}"' not in named and not is_imported(name, imported)
     ]
     assert unused == []
 
