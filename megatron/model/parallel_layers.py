@@ -32,6 +32,10 @@ __all__ = [
     "sum_over_ranks",
 ]
 
+if not torch.cuda.is_available():
+    # megatron-core would advise on the order of CUDA streams.
+    linear_with_grad_accumulation_and_async_allreduce.warned = True
+
 
 @dataclass(frozen=True)
 class TensorParallel:
