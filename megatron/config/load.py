@@ -16,7 +16,7 @@ from megatron.config.run_config import RunConfig, build_run_config
 from megatron.config.validate import CHECKS
 from megatron.config.yaml_files import Written, normalise, read_config_files
 
-__all__ = ["load_config", "override", "resolve"]
+__all__ = ["RunConfig", "load_config", "override", "resolve"]
 
 
 def load_config(

@@ -84,6 +84,10 @@ class RunConfig:
             if group in (None, entry.group) and (value := self.get(name)) != entry.default
         }
 
+    def deepspeed_values(self) -> dict[str, Any]:
+        """Return DeepSpeed's keys that differ from NeoX's default: what NeoX forwards."""
+        return self.non_default("deepspeed")
+
     def say(self, name: str) -> str:
         """Return ``name=value (where it was written)`` for a message."""
         origin = self.origins[name].origin if name in self.origins else "default"

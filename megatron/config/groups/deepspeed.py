@@ -17,7 +17,7 @@ __all__ = ["DeepspeedConfig"]
 
 def _judge_optimizer(value: Any, _keys: Mapping[str, Any]) -> Outcome:
     name = str(value.get("type", "")).lower()
-    if name in ("adam", "cpu_adam", "cpu_torch_adam"):
+    if name == "adam":
         return WORKS
     return refused('use optimizer: {"type": "Adam", ...}, which is AdamW as in NeoX')
 

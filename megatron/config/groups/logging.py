@@ -41,7 +41,7 @@ class Logging:
     git_hash: str | None = key(None, tier=2, is_derived=True, outcome=WORKS)
     """Commit of the code, as ``git describe --always`` names it at launch."""
 
-    log_dir: str | None = key(None, outcome=WORKS)
+    log_dir: str | None = key(None, outcome=no_effect("output isn't copied to files yet"))
     """Folder for a copy of every host's output."""
 
     tensorboard_dir: str | None = key(None, outcome=WORKS)

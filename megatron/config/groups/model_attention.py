@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron.config.declare import WORKS, Outcome, key, only, part_of, refused
+from megatron.config.declare import WORKS, Outcome, key, only, part_of, refused, same_numbers
 
 __all__ = ["ModelAttention"]
 
@@ -41,7 +41,7 @@ class ModelAttention:
     )
     """Distance from which T5's relative bias treats all alike."""
 
-    opt_pos_emb_offset: int | None = key(0, tier=2, unit="tokens", outcome=refused("set it to 0"))
+    opt_pos_emb_offset: int | None = key(0, tier=2, unit="tokens", minimum=0, outcome=WORKS)
     """Added to learned positions before the table is read; OPT's models need 2."""
 
     attention_config: list[Any] | None = key(None, outcome=_judge_attention)
@@ -56,7 +56,7 @@ class ModelAttention:
     apply_query_key_layer_scaling: bool | None = key(False, outcome=refused("set it to false"))
     """Divide scores by the layer's number and multiply again inside an fp32 softmax."""
 
-    attention_softmax_in_fp32: bool | None = key(False, outcome=WORKS)
+    attention_softmax_in_fp32: bool | None = key(False, outcome=same_numbers("it always is"))
     """Compute the softmax in fp32 whatever the precision."""
 
     rotary_pct: float | None = key(

@@ -95,7 +95,9 @@ class ModelNumerics:
     output_layer_init_method: InitMethod | None = key("scaled_normal", outcome=WORKS)
     """Initial weights of the two linears that write to the residual stream."""
 
-    use_cpu_initialization: bool | None = key(False, tier=2, outcome=WORKS)
+    use_cpu_initialization: bool | None = key(
+        False, tier=2, outcome=same_numbers("weights are always drawn so")
+    )
     """Draw every whole matrix on the CPU and cut it, so that initial weights don't depend on
     ``model_parallel_size``."""
 

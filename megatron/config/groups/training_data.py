@@ -18,10 +18,9 @@ class TrainingData:
     """One dataset, cut into training, validation and test part by ``split``. Excludes the three
     lists of paths."""
 
-    use_shared_fs: bool | None = key(
-        True, tier=2, outcome=refused("keep the data where all hosts see it, and set it to true")
-    )
-    """All hosts see the same files, so that one process writes the index maps for all."""
+    use_shared_fs: bool | None = key(True, tier=2, outcome=WORKS)
+    """All hosts see the same files, so that one process writes the index maps for all. False: one
+    process per host does."""
 
     train_data_paths: list[str] | None = key(None, outcome=WORKS)
     """Training datasets. The three lists are given together or not at all."""
