@@ -7,6 +7,7 @@ from typing import Any
 from megatron.config.declare import (
     WORKS,
     Outcome,
+    OutcomeRule,
     key,
     no_effect,
     refused,
@@ -16,6 +17,7 @@ __all__ = ["DeepspeedConfig"]
 
 
 def _judge_optimizer(value: Any, _keys: Mapping[str, Any]) -> Outcome:
+    """works for type Adam; other types refused."""
     name = str(value.get("type", "")).lower()
     if name == "adam":
         return WORKS
@@ -23,6 +25,7 @@ def _judge_optimizer(value: Any, _keys: Mapping[str, Any]) -> Outcome:
 
 
 def _judge_zero(value: Any, keys: Mapping[str, Any]) -> Outcome:
+    """works; stages 2 and 3 only without pipeline and tensor parallelism, offloading refused."""
     stage = value.get("stage", 0)
     if stage in (2, 3) and keys["pipe_parallel_size"] > 0:
         return refused("ZeRO 2 and 3 need pipe_parallel_size: 0; with a pipeline use stage 0 or 1")
@@ -33,7 +36,9 @@ def _judge_zero(value: Any, keys: Mapping[str, Any]) -> Outcome:
     return WORKS
 
 
-def _judge_when_on(advice: str) -> Any:
+def _judge_when_on(advice: str) -> OutcomeRule:
+    """refused when enabled."""
+
     def judge(value: Any, _keys: Mapping[str, Any]) -> Outcome:
         if isinstance(value, dict) and not value.get("enabled", True):
             return no_effect("it is not enabled")

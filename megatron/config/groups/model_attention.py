@@ -10,6 +10,7 @@ __all__ = ["ModelAttention"]
 
 
 def _judge_attention(value: Any, _keys: Mapping[str, Any]) -> Outcome:
+    """works for global and flash; other types refused."""
     others = sorted(set(value) - {"global", "flash"})
     if others:
         return refused(f"use global or flash instead of {', '.join(others)}")
