@@ -95,7 +95,7 @@ def split_documents(split: str, num_documents: int) -> tuple[range, range, range
         ) from None
     shares = [*shares, 0.0, 0.0][:3]
     total = sum(shares)
-    if total <= 0.0 or min(shares) < 0.0:
+    if not 0.0 < total < math.inf or min(shares) < 0.0:
         raise ConfigError(f"split={split!r} must have shares of at least 0 and one above 0")
     ends = [0]
     for share in shares:
