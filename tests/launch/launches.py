@@ -1,6 +1,7 @@
 """Launches of small scripts, and what they leave behind."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,21 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+SMALL_CONFIG = {
+    "num_gpus": 2,
+    "num_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "seq_length": 8,
+    "max_position_embeddings": 8,
+    "train_micro_batch_size_per_gpu": 1,
+    "train_iters": 1,
+    "data_path": "none",
+    "optimizer": {"type": "Adam", "params": {"lr": 0.1}},
+}
 _MARK = "NEOX_LAUNCH_TEST"
 
 
@@ -101,9 +115,30 @@ def launch(
                 stream.close()
 
 
-def run(script: str, num_ranks: int, tmp_path: Path, **options: str) -> Finished:
+def run(script: str, num_ranks: int, tmp_path: Path, **options: Any) -> Finished:
     """Launch, wait for the end, and require that nothing is left."""
     with launch(script, num_ranks, tmp_path, **options) as running:
+        finished = running.finish()
+        assert running.marked() == []
+        return finished
+
+
+def deepy(
+    script: str, config: dict[str, Any], tmp_path: Path, *options: str, **environ: str
+) -> contextlib.AbstractContextManager[Launch]:
+    """Start ``script`` through the real deepy.py, with a small configuration and ``config``."""
+    (tmp_path / "small.yml").write_text(json.dumps(SMALL_CONFIG | config))
+    command = [sys.executable, str(REPOSITORY / "deepy.py"), *options]
+    command += ["user_script.py", "small.yml"]
+    environ = {"DLTS_HOSTFILE": "none", "DS_ACCELERATOR": "cpu"} | environ
+    return launch(script, 0, tmp_path, command=command, **environ)
+
+
+def run_deepy(
+    script: str, config: dict[str, Any], tmp_path: Path, *options: str, **environ: str
+) -> Finished:
+    """Start through deepy.py, wait for the end, and require that nothing is left."""
+    with deepy(script, config, tmp_path, *options, **environ) as running:
         finished = running.finish()
         assert running.marked() == []
         return finished
