@@ -9,9 +9,12 @@ trained with.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from megatron.base.errors import CheckpointError, ConfigError
+from megatron.config.groups.lr_scheduler import LRScheduler
+from megatron.config.groups.optimizer import Optimizer
+from megatron.config.groups.training import Training
 
 __all__ = [
     "DecayStyle",
@@ -24,6 +27,8 @@ __all__ = [
 
 DecayStyle = Literal["constant", "linear", "cosine", "exponential"]
 NeoxVersion = Literal["main", "v1.0"]
+
+_T = TypeVar("_T")
 
 # Members of a checkpoint's scheduler state that describe the schedule; num_iters, the count, is
 # the seventh.
@@ -110,30 +115,6 @@ class LearningRateSchedule:
         return max(rate, self.min_lr)
 
 
-class LrSchedulerKeys(Protocol):
-    """The NeoX keys of group LRScheduler that are read here."""
-
-    lr_decay_style: DecayStyle
-    lr_decay_iters: int | None
-    lr_decay_fraction: float | None
-    min_lr: float
-    warmup: float
-    override_lr_scheduler: bool
-    use_checkpoint_lr_scheduler: bool
-
-
-class OptimizerKeys(Protocol):
-    """The NeoX keys of group Optimizer that are read here."""
-
-    lr: float
-
-
-class TrainingKeys(Protocol):
-    """The NeoX keys of group Training that are read here."""
-
-    train_iters: int
-
-
 @dataclass(frozen=True)
 class ScheduleSettings:
     """What a configuration says of the learning rate, and what a resume may do about it."""
@@ -159,27 +140,33 @@ class ScheduleSettings:
     @classmethod
     def from_config(
         cls,
-        lr_scheduler: LrSchedulerKeys,
-        optimizer: OptimizerKeys,
-        training: TrainingKeys,
+        lr_scheduler: LRScheduler,
+        optimizer: Optimizer,
+        training: Training,
         *,
         neox_version: NeoxVersion = "main",
     ) -> Self:
-        """Read the settings from configuration groups whose attributes have NeoX's names."""
+        """Read the settings from the configuration's groups.
+
+        Raises:
+            ConfigError: a key that has a default was set to null.
+        """
+        if training.train_iters is None:
+            raise ValueError("the schedule needs train_iters; train_epochs must be resolved first")
         decay_iters = lr_scheduler.lr_decay_iters
         if decay_iters is None:
             decay_iters = training.train_iters
             if lr_scheduler.lr_decay_fraction is not None:
                 decay_iters = int(training.train_iters * lr_scheduler.lr_decay_fraction)
         return cls(
-            start_lr=optimizer.lr,
-            min_lr=lr_scheduler.min_lr,
-            warmup=lr_scheduler.warmup,
+            start_lr=_given("lr", optimizer.lr),
+            min_lr=_given("min_lr", lr_scheduler.min_lr),
+            warmup=_given("warmup", lr_scheduler.warmup),
             decay_iters=max(1, decay_iters),
-            decay_style=lr_scheduler.lr_decay_style,
+            decay_style=_given("lr_decay_style", lr_scheduler.lr_decay_style),
             version=neox_version,
-            overrides_checkpoint=lr_scheduler.override_lr_scheduler,
-            follows_checkpoint=lr_scheduler.use_checkpoint_lr_scheduler,
+            overrides_checkpoint=bool(lr_scheduler.override_lr_scheduler),
+            follows_checkpoint=bool(lr_scheduler.use_checkpoint_lr_scheduler),
         )
 
     def schedule(self) -> LearningRateSchedule:
@@ -193,6 +180,12 @@ class ScheduleSettings:
             version=self.version,
             is_clamped=self.follows_checkpoint,
         )
+
+
+def _given(key: str, value: _T | None) -> _T:
+    if value is None:
+        raise ConfigError(f"{key} is null; the learning-rate schedule needs a value")
+    return value
 
 
 def continued_schedule(

@@ -4,13 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.base.errors import CheckpointError, ConfigError
+from megatron.config.groups.lr_scheduler import LRScheduler
+from megatron.config.groups.optimizer import Optimizer
+from megatron.config.groups.training import Training
 from megatron.optim.schedules import (
     LearningRateSchedule,
     LearningRateScheduler,
@@ -25,7 +27,7 @@ COSINE = ScheduleSettings(
 )
 
 
-class Optimizer:
+class Groups:
     def __init__(self, num_groups=2):
         self.param_groups = [{"lr": 99.0} for _ in range(num_groups)]
 
@@ -44,16 +46,18 @@ def all_settings(draw):
 
 
 def settings_of(config):
-    groups = {"lr_decay_iters": None, "lr_decay_fraction": None, "lr_decay_style": "linear"}
-    flags = {"override_lr_scheduler": False, "use_checkpoint_lr_scheduler": False}
-    keys = SimpleNamespace(**({"min_lr": 0.0, "warmup": 0.01} | groups | flags | config))
-    return ScheduleSettings.from_config(keys, keys, keys)
+    keys = dict(config)
+    return ScheduleSettings.from_config(
+        optimizer=Optimizer(lr=keys.pop("lr")),
+        training=Training(train_iters=keys.pop("train_iters")),
+        lr_scheduler=LRScheduler(**keys),
+    )
 
 
 @pytest.mark.parametrize("run", sorted(GOLDEN["runs"]))
 def test_the_rate_logged_at_each_step_is_neox_to_the_last_bit(run):
     recorded = GOLDEN["runs"][run]
-    optimizer = Optimizer()
+    optimizer = Groups()
     scheduler = LearningRateScheduler(optimizer, settings_of(recorded["config"]))
     if run == "oracle/a_resume10":
         scheduler.load_state_dict(GOLDEN["checkpoint_states"]["oracle/ckpt_a"])
@@ -64,9 +68,7 @@ def test_the_rate_logged_at_each_step_is_neox_to_the_last_bit(run):
 
 
 def test_a_checkpoint_of_neox_and_ours_hold_the_same_scheduler_state():
-    scheduler = LearningRateScheduler(
-        Optimizer(), settings_of(GOLDEN["runs"]["oracle/a"]["config"])
-    )
+    scheduler = LearningRateScheduler(Groups(), settings_of(GOLDEN["runs"]["oracle/a"]["config"]))
     for _ in range(10):
         scheduler.step()
     assert scheduler.state_dict() == GOLDEN["checkpoint_states"]["oracle/ckpt_a"]
@@ -162,7 +164,7 @@ def test_rates_fall_from_the_end_of_the_warmup_to_the_end_of_the_decay(settings,
 
 @given(all_settings(), st.integers(0, 10_000), st.integers(0, 50))
 def test_resuming_at_a_count_equals_having_run_to_it(settings, count, more):
-    straight, resumed = (LearningRateScheduler(Optimizer(), settings) for _ in range(2))
+    straight, resumed = (LearningRateScheduler(Groups(), settings) for _ in range(2))
     straight.num_iters = count
     resumed.load_state_dict(straight.state_dict())
     for scheduler in (straight, resumed):
@@ -182,14 +184,14 @@ def test_mains_cosine_rises_again_past_its_end_unless_the_checkpoint_is_followed
 
 
 def test_the_rate_is_divided_by_a_groups_width_multiplier():
-    optimizer = Optimizer()
+    optimizer = Groups()
     optimizer.param_groups[1]["width_mult"] = 4.0
     scheduler = LearningRateScheduler(optimizer, COSINE)
     assert scheduler.get_lr() == [5e-4, 1.25e-4]
 
 
 def test_rates_reach_the_groups_an_optimizer_has_after_it_loaded_a_state():
-    optimizer = Optimizer()
+    optimizer = Groups()
     scheduler = LearningRateScheduler(optimizer, COSINE)
     optimizer.param_groups = [{"lr": 99.0}]  # torch replaces the list
     scheduler.step()
@@ -240,14 +242,14 @@ def test_another_schedule_in_the_checkpoint_is_refused_with_both_rates_and_the_w
 
 @pytest.mark.parametrize("key", ["start_lr", "warmup_iter", "decay_style", "end_iter", "min_lr"])
 def test_each_part_of_the_schedule_is_compared(key):
-    state = LearningRateScheduler(Optimizer(), COSINE).state_dict()
+    state = LearningRateScheduler(Groups(), COSINE).state_dict()
     state[key] = "linear" if key == "decay_style" else state[key] / 2
     with pytest.raises(ConfigError, match=f"{key} .* in the checkpoint, .* configured"):
         continued_schedule(COSINE, state)
 
 
 def test_overriding_keeps_the_configured_schedule_at_the_checkpoints_count():
-    scheduler = LearningRateScheduler(Optimizer(), replace(COSINE, overrides_checkpoint=True))
+    scheduler = LearningRateScheduler(Groups(), replace(COSINE, overrides_checkpoint=True))
     scheduler.load_state_dict(STATE)
     assert scheduler.state_dict() == {
         "start_lr": 1e-3,
@@ -260,7 +262,7 @@ def test_overriding_keeps_the_configured_schedule_at_the_checkpoints_count():
 
 
 def test_following_takes_the_checkpoints_schedule_and_stays_at_its_end():
-    scheduler = LearningRateScheduler(Optimizer(), replace(COSINE, follows_checkpoint=True))
+    scheduler = LearningRateScheduler(Groups(), replace(COSINE, follows_checkpoint=True))
     scheduler.load_state_dict(STATE)
     assert scheduler.state_dict() == STATE
     for _ in range(20):
@@ -271,7 +273,7 @@ def test_following_takes_the_checkpoints_schedule_and_stays_at_its_end():
 def test_a_state_without_its_count_is_refused():
     state = {key: value for key, value in STATE.items() if key != "num_iters"}
     with pytest.raises(CheckpointError, match="lr_scheduler state lacks num_iters"):
-        LearningRateScheduler(Optimizer(), COSINE).load_state_dict(state)
+        LearningRateScheduler(Groups(), COSINE).load_state_dict(state)
 
 
 def test_both_ways_out_at_once_are_refused():
@@ -286,4 +288,9 @@ def test_a_warmup_that_is_no_fraction_is_refused():
 
 def test_deepspeed_can_tell_it_from_a_factory():
     # deepspeed.initialize calls whatever is callable with the optimizer.
-    assert not callable(LearningRateScheduler(Optimizer(), COSINE))
+    assert not callable(LearningRateScheduler(Groups(), COSINE))
+
+
+def test_a_key_set_to_null_is_refused_by_name():
+    with pytest.raises(ConfigError, match="warmup is null"):
+        settings_of({"lr": 1.0, "train_iters": 10, "warmup": None})
