@@ -100,13 +100,13 @@ def _documents_of_stream(
     for packed in _COMPRESSIONS[1:]:
         lowered = lowered.removesuffix(packed)
     # newline="\n" keeps "\r\n" inside whole-file documents as it is.
-    text = io.TextIOWrapper(raw, encoding="utf-8", newline="\n")
-    if not lowered.endswith(_LINE_SUFFIXES):
-        yield (text.read(),) * len(keys)
-        return
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            yield _texts_of_line(line, f"{where}:{number}", keys)
+    with io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as text:
+        if not lowered.endswith(_LINE_SUFFIXES):
+            yield (text.read(),) * len(keys)
+            return
+        for number, line in enumerate(text, start=1):
+            if line.strip():
+                yield _texts_of_line(line, f"{where}:{number}", keys)
 
 
 def _texts_of_line(line: str, where: str, keys: Sequence[str]) -> tuple[str, ...]:

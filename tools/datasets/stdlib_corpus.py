@@ -9,6 +9,7 @@ One file is one document. The same Python and size give the same corpus, byte fo
 import argparse
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -28,24 +29,21 @@ def find_library_files(library: Path) -> list[Path]:
 
     Mixed so that the first few megabytes show all parts of it.
     """
-    files = (
-        file.relative_to(library)
-        for file in library.rglob("*")
-        if file.suffix in _SUFFIXES and file.is_file()
-    )
-    return sorted(
-        (file for file in files if not _NOT_LIBRARY.intersection(file.parts)),
-        key=lambda file: hashlib.sha256(file.as_posix().encode()).digest(),
-    )
+    files = []
+    for folder, subfolders, names in os.walk(library):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
+        inside = Path(folder).relative_to(library)
+        files += [inside / name for name in names if name.endswith(_SUFFIXES)]
+    return sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
 
 
 def documents_within(library: Path, files: Sequence[Path], max_bytes: int) -> Iterator[str]:
     """Yield the texts of ``files`` that fit, in order, ``max_bytes`` of UTF-8 in all."""
     left = max_bytes
     for file in files:
-        content = (library / file).read_bytes()
-        if len(content) > left:
+        if (library / file).stat().st_size > left:
             continue
+        content = (library / file).read_bytes()
         try:
             text = content.decode()
         except UnicodeDecodeError:  # a few old files are not UTF-8
