@@ -106,7 +106,7 @@ def test_the_first_failing_ranks_traceback_is_the_first_and_the_last_one(tmp_pat
     assert finished.status == 1
     lines = finished.stderr.splitlines()
     traces = [number for number, line in enumerate(lines) if "Traceback (most" in line]
-    assert lines[traces[0]] == "[rank 1] Traceback (most recent call last):"
+    assert lines[traces[0]] == "[rank1]: Traceback (most recent call last):"
     report = lines.index(next(line for line in lines if "of 3 ranks this one failed first" in line))
     assert lines[report + 1].startswith("---- rank 1: exit code 1, after 0.")
     # Both tracebacks of the chain, whole, and nobody else's.
@@ -181,7 +181,7 @@ def test_signals_are_passed_on_once_and_the_ranks_decide(tmp_path, name):
         running.process.send_signal(getattr(signal, name))
         finished = running.finish()
     assert finished.status == 0
-    assert sorted(finished.stdout.splitlines()) == [f"0 {name}", f"[rank 1] 1 {name}"]
+    assert sorted(finished.stdout.splitlines()) == [f"0 {name}", f"[rank1]: 1 {name}"]
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
@@ -255,7 +255,7 @@ def test_nothing_a_rank_writes_is_lost_or_torn(tmp_path):
     """
     finished = run(script, 3, tmp_path)
     for stream, parity in ((finished.stdout, 0), (finished.stderr, 1)):
-        for rank, prefix in ((0, ""), (1, "[rank 1] "), (2, "[rank 2] ")):
+        for rank, prefix in ((0, ""), (1, "[rank1]: "), (2, "[rank2]: ")):
             start = f"{prefix}{rank}:"
             mine = [line for line in stream.splitlines() if line.startswith(start)]
             expected = [f"{start}{number}:" + "x" * 30 for number in range(parity, 20000, 2)]
@@ -284,7 +284,7 @@ def test_on_a_terminal_rank_0_writes_to_the_terminal_itself(tmp_path):
     os.close(terminal)
     lines = sorted(os.read(ours, 1000).decode().splitlines())
     os.close(ours)
-    assert lines == ["True 0", "[rank 1] False 1"]
+    assert lines == ["True 0", "[rank1]: False 1"]
 
 
 def test_training_goes_on_when_nobody_reads_the_output_any_more(tmp_path):

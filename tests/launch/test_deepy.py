@@ -83,7 +83,7 @@ def test_every_rank_gets_the_configuration_and_it_is_printed_once(tmp_path):
     assert finished.status == 0
     lines = finished.stdout.splitlines()
     assert sorted(line for line in lines if "rank " in line) == [
-        "[rank 1] rank 1 8 2",
+        "[rank1]: rank 1 8 2",
         "rank 0 8 2",
     ]
     assert sum(line.startswith("  hidden_size ...") for line in lines) == 1
@@ -105,7 +105,7 @@ def test_a_configuration_too_long_for_an_argument_travels_by_file(tmp_path):
     }
     finished = run_deepy(script, many, tmp_path, TMPDIR=str(tmp_path))
     assert finished.status == 0
-    assert sorted(finished.stdout.splitlines()[-2:]) == ["4000", "[rank 1] 4000"]
+    assert sorted(finished.stdout.splitlines()[-2:]) == ["4000", "[rank1]: 4000"]
     assert list(tmp_path.glob("megatron-config-*")) == []  # deleted after the run
 
 

@@ -41,7 +41,6 @@ def test_a_chain_of_tracebacks_is_one(link):
 @pytest.mark.parametrize(
     "start",
     [
-        "[rank3]: Traceback (most recent call last):",
         "  + Exception Group Traceback (most recent call last):",
         "Fatal Python error: Segmentation fault",
         "terminate called after throwing an instance of 'std::runtime_error'",
@@ -88,8 +87,21 @@ def test_any_division_into_writes_gives_the_same_lines(text, sizes, rank):
     while chunk := os.read(ours, 4096):
         passed += chunk
     os.close(ours)
-    prefix = "[rank 1] " if rank else ""
+    prefix = "[rank1]: " if rank else ""
     expected = "".join(prefix + line for line in text.splitlines(keepends=True))
     if text and not text.endswith("\n"):
         expected += "\n"
     assert passed.decode() == expected
+
+
+def test_a_mark_that_torch_has_set_is_not_set_twice_nor_kept_in_the_excerpt():
+    ours, target = os.pipe()
+    theirs, source = os.pipe()
+    tail = StderrTail()
+    with os.fdopen(theirs, "rb", buffering=0) as reader:
+        os.write(source, f"[rank3]: {TRACE}\nplain\n".encode())
+        OutputPipe(reader, target, 3, tail).pass_on(0.0)
+    assert os.read(ours, 100).decode() == f"[rank3]: {TRACE}\n[rank3]: plain\n"
+    assert tail.excerpt() == f"{TRACE}\nplain\n"
+    for descriptor in (ours, target, source):
+        os.close(descriptor)

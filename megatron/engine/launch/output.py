@@ -2,8 +2,8 @@
 
 Lines are passed on whole, so that ranks don't write into each other's. Rank 0 speaks for the job:
 its lines come as they are, and a prompt without line end after a moment. The other ranks' lines
-stand behind ``[rank N]``. (On a terminal rank 0's standard output doesn't come through here at all:
-it is the terminal, so that progress bars work.)
+stand behind ``[rankN]:``, as torch marks its tracebacks. (On a terminal rank 0's standard output
+doesn't come through here at all: it is the terminal, so that progress bars work.)
 """
 
 import os
@@ -72,7 +72,8 @@ class OutputPipe:
     ) -> None:
         self._source = source
         self._target = target
-        self._prefix = b"[rank %d] " % rank if rank > 0 else b""
+        self._mark = b"[rank%d]: " % rank
+        self._is_marked = rank > 0
         self._tail = tail
         self._partial = b""  # the beginning of a line whose end has not come yet
         self._num_shown = 0  # bytes of it that were passed on already
@@ -86,7 +87,7 @@ class OutputPipe:
     @property
     def prompt_at(self) -> float | None:
         """When :meth:`show_prompt` should be called; None if there is nothing to show."""
-        if self._prefix or len(self._partial) == self._num_shown:
+        if self._is_marked or len(self._partial) == self._num_shown:
             return None
         return self._partial_at + _PROMPT_AFTER_S
 
@@ -123,9 +124,10 @@ class OutputPipe:
             return
         if self._tail is not None:
             for line in lines:
-                self._tail.add(line, now)
-        passed = b"".join(self._prefix + line for line in lines)
-        write_all(self._target, passed[self._num_shown :])
+                self._tail.add(line.removeprefix(self._mark), now)
+        if self._is_marked:
+            lines = [self._mark + line.removeprefix(self._mark) for line in lines]
+        write_all(self._target, b"".join(lines)[self._num_shown :])
         self._num_shown = 0
 
 
