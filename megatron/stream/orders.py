@@ -141,15 +141,17 @@ class PackedOrder:
         """
         spans = self.spans(block, sample)
         width = self.tail_shape.seq_length + 1
-        filled = np.cumsum(spans.length) - spans.length
-        num_tokens = int(filled[-1] + spans.length[-1]) if len(spans) else 0
-        if num_tokens != len(sample) * width:
+        stops = np.cumsum(spans.length)
+        row_stops = stops[np.searchsorted(spans.row, np.arange(len(sample)), side="right") - 1]
+        wrong = np.flatnonzero(np.diff(row_stops, prepend=0) != width)
+        if len(wrong):
             raise DatasetError(
-                f"{self.dataset.prefix}: {len(sample)} samples of {width} tokens, but the "
-                f"index maps give {num_tokens}; delete its *_indexmap_* files and start again"
+                f"{self.dataset.prefix}: a sample has {width} tokens, but the index maps give "
+                f"{np.diff(row_stops, prepend=0)[wrong[0]]} for one of them; delete the dataset's "
+                "*_indexmap_* files and start again"
             )
         itemsize = self.dataset.dtype.itemsize
-        target = filled + (rows[spans.row] - spans.row) * width
+        target = stops - spans.length + (rows[spans.row] - spans.row) * width
         self.dataset.tokens.gather(
             self.dataset.pointers[spans.document] + spans.start * itemsize,
             target * itemsize,
