@@ -1,5 +1,6 @@
 """What a run loads at its start, and how it saves."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from megatron.base.errors import ConfigError
+from megatron.base.printing import print_rank_0
+from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
+from megatron.checkpoint.save import SaveSettings, save_checkpoint
+from megatron.checkpoint.stored import StoredFacts, read_model_facts
 from megatron.config.load import RunConfig
 from megatron.data.tokenizers import padded_vocab_size
 from megatron.engine.agreement import together
@@ -15,7 +21,6 @@ from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.run_directory import choose_checkpoint
 from megatron.ledger.save_lock import SaveLock
 from megatron.model.facts import ModelFacts
-from megatron.model.parallel_layers import TensorParallel
 from megatron.model.settings import ModelSettings
 
 __all__ = ["Checkpoints"]
@@ -43,7 +48,7 @@ class Checkpoints:
             lock = None
             if save is not None:
                 save.mkdir(parents=True, exist_ok=True)
-                lock = SaveLock.acquire(save)
+                lock = SaveLock.acquire(save, now=time.time())
             source = choose_checkpoint(
                 load, save, iteration=config.other.iteration, finetune=training.finetune
             )
@@ -63,30 +68,109 @@ class Checkpoints:
         return self.config.training.finetune or self.config.training.no_load_optim
 
     def facts(self, vocab_size: int) -> ModelFacts:
-        """Return the pinned facts: the checkpoint's, or those of a new run."""
+        """Return the pinned facts: the checkpoint's, or those of a new run.
+
+        Raises:
+            CheckpointError: the checkpoint doesn't tell.
+            ConfigError: the key ``tp_bias_multiplicity`` says something else, or the tokenizer has
+                more entries than the pinned vocabulary.
+        """
+        configured = self.config.ledger.tp_bias_multiplicity
+        parallel = self.groups.topology.tensor_parallel_size
+        gpt_j_residual = self.config.model.gpt_j_residual
         if self.source is None:
-            parallel = self.groups.topology.tensor_parallel_size
             return ModelFacts.of_new_run(
                 padded_vocab_size=padded_vocab_size(
                     vocab_size, self.config.model.make_vocab_size_divisible_by, parallel
                 ),
                 tensor_parallel_size=parallel,
-                gpt_j_residual=self.config.model.gpt_j_residual,
-                configured_multiplicity=self.config.ledger.tp_bias_multiplicity,
+                gpt_j_residual=gpt_j_residual,
+                configured_multiplicity=configured,
             )
-        raise NotImplementedError
+        facts = read_model_facts(self.source, gpt_j_residual=gpt_j_residual).model
+        if configured not in (None, facts.tp_bias_multiplicity):
+            raise ConfigError(
+                f"tp_bias_multiplicity={configured}, but {self.source} was trained with "
+                f"{facts.tp_bias_multiplicity}; remove the key"
+            )
+        if vocab_size > facts.padded_vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {vocab_size} entries, but the model in {self.source} has only "
+                f"{facts.padded_vocab_size} (padded) rows; use the tokenizer it was trained with"
+            )
+        return facts
 
-    def load_weights(
-        self, module: nn.Module, settings: ModelSettings, tensor_parallel: TensorParallel
-    ) -> None:
+    def load_weights(self, module: nn.Module, settings: ModelSettings, facts: ModelFacts) -> None:
         """Fill ``module``, before an engine wraps it, if only the weights are wanted."""
+        if self.source is not None and self.loads_weights_only:
+            load_weights(
+                module,
+                self.source,
+                self._load_settings(settings, facts),
+                gather=self.groups.gather,
+            )
 
-    def load_state(self, engine: Any, facts: ModelFacts) -> int:
-        """Restore optimizer, schedule and random state; return the step the run goes on from."""
-        return 0
+    def load_state(self, engine: Any, settings: ModelSettings, facts: ModelFacts) -> int:
+        """Restore what is wanted beside the weights; return the step the run goes on from."""
+        training = self.config.training
+        if self.source is None or training.finetune:
+            return 0
+        state = load_checkpoint(
+            engine,
+            self.source,
+            self._load_settings(settings, facts),
+            gather=self.groups.gather,
+            restores_weights=not self.loads_weights_only,
+            restores_optimizer=not self.loads_weights_only,
+            restores_rng=not training.no_load_rng,
+        )
+        print_rank_0(f"loaded {self.source}, iteration {state.iteration}")
+        for notice in state.notices:
+            print_rank_0(f"note: {notice}")
+        return state.iteration
 
     def saver(
         self, engine: Any, facts: ModelFacts, log: AttemptLog | None
     ) -> Callable[[int], None] | None:
         """Return how a step's checkpoint is written; None if the run isn't saved."""
-        return None
+        training = self.config.training
+        if training.save is None:
+            return None
+        settings = SaveSettings(
+            directory=Path(training.save),
+            model_arguments=self._model_arguments(facts),
+            facts=StoredFacts(facts, self.groups.topology.tensor_parallel_size),
+            config_files=self.config.config_files,
+            keep_last_n=training.keep_last_n_checkpoints,
+            saves_rng=not training.no_save_rng,
+        )
+
+        def save(step: int) -> None:
+            if log is not None:
+                log.sync()
+            save_checkpoint(
+                engine, step, settings, rank=self.groups.rank, gather=self.groups.gather
+            )
+
+        return save
+
+    def _load_settings(self, settings: ModelSettings, facts: ModelFacts) -> LoadSettings:
+        return LoadSettings(
+            model=settings,
+            model_arguments=self._model_arguments(facts),
+            topology=self.groups.topology,
+            rank=self.groups.rank,
+        )
+
+    def _model_arguments(self, facts: ModelFacts) -> dict[str, Any]:
+        model = self.config.model
+        return {
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+            "max_position_embeddings": model.max_position_embeddings,
+            "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+            "padded_vocab_size": facts.padded_vocab_size,
+            "tokenizer_type": self.config.tokenizer.tokenizer_type,
+            "model_parallel_size": self.groups.topology.tensor_parallel_size,
+        }
