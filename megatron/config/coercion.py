@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 __all__ = ["coerce", "convert_numbers", "describe_type"]
 
 _EXPONENT_NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)[eE][+-]?\d+")
+_QUOTED = re.compile(r"[+-]?\d+(\.\d*)?|true|false|True|False")
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
@@ -39,8 +40,8 @@ def coerce(value: Any, annotation: Any) -> Any:
     hint = ""
     if isinstance(value, float) and value.is_integer() and int in members:
         hint = f"; write {int(value)}"
-    elif isinstance(value, str) and (bool in members or int in members):
-        hint = "; leave out the quotes" if not _EXPONENT_NUMBER.fullmatch(value) else ""
+    elif isinstance(value, str) and _QUOTED.fullmatch(value) and {bool, int, float} & {*members}:
+        hint = "; leave out the quotes"
     raise ValueError(f"must be {describe_type(annotation)}, got {_shown(value)}{hint}")
 
 

@@ -19,14 +19,16 @@ def check_deepspeed(draft: Draft) -> list[str]:
     return [f"{draft.say('deepspeed')} must be true: there is no other engine"]
 
 
-@reads()
-def check_required(draft: Draft) -> list[str]:
-    """A model has a shape."""
-    return [
-        f"{name} is missing; no default would be sensible"
-        for name in _REQUIRED
-        if draft[name] is None
-    ]
+def require(name: str) -> Check:
+    """Return the check that a key is set."""
+
+    @reads(name)
+    def check(draft: Draft) -> list[str]:
+        if draft[name] is not None:
+            return []
+        return [f"{name} is missing; no default would be sensible"]
+
+    return check
 
 
 @reads("hidden_size", "num_attention_heads", "attention_config", "model_parallel_size")
@@ -233,7 +235,7 @@ def check_gmlp(draft: Draft) -> list[str]:
 
 CHECKS: tuple[Check, ...] = (
     check_deepspeed,
-    check_required,
+    *map(require, _REQUIRED),
     check_heads,
     check_kv_heads,
     check_positions,

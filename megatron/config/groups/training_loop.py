@@ -6,7 +6,7 @@ from megatron.config.declare import WORKS, key, no_effect, refused, same_numbers
 
 __all__ = ["TrainingLoop"]
 
-_MEMORY_ONLY = same_numbers("it says where activations are kept, and they are kept in one way")
+_MEMORY_ONLY = same_numbers("it is about memory and time, and there is one way")
 _USE_FP16_BLOCK = no_effect("NeoX doesn't read it either; set it in the fp16 block")
 
 
@@ -66,7 +66,7 @@ class TrainingLoop:
     )
     """Time the backward pass of recomputed layers."""
 
-    partition_activations: bool | None = key(False, outcome=_MEMORY_ONLY)
+    partition_activations: bool | None = key(False, outcome=WORKS)
     """Split inputs of recomputed layers over tensor-parallel ranks."""
 
     clip_grad: float | None = key(1.0, is_derived=True, outcome=WORKS)
