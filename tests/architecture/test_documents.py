@@ -1,10 +1,13 @@
 """What the documents point at exists."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from megatron.config.load import load_config
+from megatron.config.outcomes import check_launch
 from tests.architecture.source_tree import ROOT
 
 DOCUMENTS = sorted(
@@ -47,3 +50,19 @@ def test_links_lead_somewhere(document):
 def test_every_make_command_named_is_a_target(document):
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(MAKE_COMMAND.findall((ROOT / document).read_text())) - targets == set()
+
+
+def test_the_readmes_configuration_can_be_launched(tmp_path):
+    block = re.search(r"^    # my\.yml\n((?:    .*\n)+)", (ROOT / "README.md").read_text(), re.M)[1]
+    mine = tmp_path / "my.yml"
+    mine.write_text(textwrap.dedent(block))
+    files = [ROOT / "configs/160M.yml", mine]
+    config = load_config(files, local_slots=lambda: 1, environ={})
+    check_launch(config)
+    assert config.training.load == config.training.save == "runs/first"
+
+
+def test_the_demos_configuration_can_be_launched():
+    config = load_config([ROOT / "configs/demo.yml"], local_slots=lambda: 1, environ={})
+    assert check_launch(config) == []
+    assert config.topology.world_size == 4
