@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import ConfigError
 from megatron.stream import compiled
+from megatron.stream.grouping import groups
 
 __all__ = ["Blend", "normalised", "weights_by_num_documents"]
 
@@ -79,17 +80,22 @@ class Blend:
         return len(self.weights)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-        """Return (dataset index, position within that dataset's order) of each position."""
+        """Return (dataset index, position within that dataset's order) of each position.
+
+        Raises:
+            ValueError: a position is negative.
+        """
+        if len(positions) and int(positions.min()) < 0:
+            raise ValueError(f"positions must be >= 0, got {positions.min()}")
         if self.num_datasets == 1:
             return np.zeros(len(positions), dtype=np.int16), positions
         chunks, offsets = np.divmod(positions, DRAWS_PER_CHUNK)
         datasets = np.empty(len(positions), dtype=np.int16)
         samples = np.empty(len(positions), dtype=np.int64)
-        for chunk in np.unique(chunks):
-            chosen = np.flatnonzero(chunks == chunk)
-            drawn_datasets, drawn_samples = self._chunk(int(chunk))
-            datasets[chosen] = drawn_datasets[offsets[chosen]]
-            samples[chosen] = drawn_samples[offsets[chosen]]
+        for chunk, where in groups(chunks):
+            drawn_datasets, drawn_samples = self._chunk(chunk)
+            datasets[where] = drawn_datasets[offsets[where]]
+            samples[where] = drawn_samples[offsets[where]]
         return datasets, samples
 
     @property

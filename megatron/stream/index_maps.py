@@ -119,8 +119,10 @@ def build_packed_maps(sizes: NDArray[np.int32], shape: PackedShape, seed: int) -
 
 def shuffled_documents(shape: PackedShape, generator: LegacyGenerator) -> NDArray[np.int32]:
     """Return ``doc_idx``: all epochs shuffled as one array."""
-    documents = np.arange(shape.documents.start, shape.documents.stop, dtype=np.int32)
-    doc_idx = documents if shape.num_epochs == 1 else np.tile(documents, shape.num_epochs)
+    num_documents = len(shape.documents)
+    doc_idx = np.empty(shape.num_epochs * num_documents, dtype=np.int32)
+    for epoch in doc_idx.reshape(shape.num_epochs, num_documents):
+        epoch[:] = np.arange(shape.documents.start, shape.documents.stop, dtype=np.int32)
     generator.shuffle(doc_idx)
     return doc_idx
 

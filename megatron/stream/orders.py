@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.base.errors import DatasetError
+from megatron.stream.grouping import groups
 from megatron.stream.index_maps import PackedMaps, PackedShape
 from megatron.stream.indexed_dataset import IndexedDataset
 
@@ -104,21 +105,18 @@ class PackedOrder:
         block = np.where(in_head, 0, block + 1)
         index = np.where(in_head, positions, index)
         sample = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(block):
-            chosen = np.flatnonzero(block == number)
-            sample[chosen] = self.block(int(number)).shuffle_idx[index[chosen]]
+        for number, where in groups(block):
+            sample[where] = self.block(number).shuffle_idx[index[where]]
         return block, sample
 
     def spans(self, block: NDArray[np.int64], sample: NDArray[np.int64]) -> TokenSpans:
         """Return the spans of documents that make up samples found by :meth:`locate`."""
-        numbers = np.unique(block)
-        if len(numbers) == 1:
-            return self._block_spans(int(numbers[0]), sample)
         parts = []
-        for number in numbers:
-            chosen = np.flatnonzero(block == number)
-            part = self._block_spans(int(number), sample[chosen])
-            parts.append(TokenSpans(chosen[part.row], part.document, part.start, part.length))
+        for number, where in groups(block):
+            part = self._block_spans(number, sample[where])
+            if len(where) == len(block):
+                return part
+            parts.append(TokenSpans(where[part.row], part.document, part.start, part.length))
         return _in_row_order(parts)
 
     def read(
@@ -143,11 +141,12 @@ class PackedOrder:
         width = self.tail_shape.seq_length + 1
         stops = np.cumsum(spans.length)
         row_stops = stops[np.searchsorted(spans.row, np.arange(len(sample)), side="right") - 1]
-        wrong = np.flatnonzero(np.diff(row_stops, prepend=0) != width)
-        if len(wrong):
+        expected = np.arange(1, len(sample) + 1) * width
+        if not np.array_equal(row_stops, expected):
+            wrong = int(np.flatnonzero(row_stops != expected)[0])
             raise DatasetError(
                 f"{self.dataset.prefix}: a sample has {width} tokens, but the index maps give "
-                f"{np.diff(row_stops, prepend=0)[wrong[0]]} for one of them; delete the dataset's "
+                f"{row_stops[wrong] - wrong * width} for one of them; delete the dataset's "
                 "*_indexmap_* files and start again"
             )
         itemsize = self.dataset.dtype.itemsize
@@ -180,6 +179,8 @@ class PackedOrder:
 
 
 def _in_row_order(parts: list[TokenSpans]) -> TokenSpans:
+    if not parts:
+        return TokenSpans(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
     row = np.concatenate([part.row for part in parts])
     order = np.argsort(row, kind="stable")
     return TokenSpans(

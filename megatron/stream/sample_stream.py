@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron.stream.blending import Blend
+from megatron.stream.grouping import groups
 from megatron.stream.orders import PackedOrder
 
 __all__ = ["SampleRefs", "Stream"]
@@ -57,9 +58,8 @@ class Stream:
         dataset, index = self.blend.locate(positions)
         block = np.empty(len(positions), dtype=np.int64)
         sample = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(dataset):
-            chosen = np.flatnonzero(dataset == number)
-            block[chosen], sample[chosen] = self.orders[number].locate(index[chosen])
+        for number, where in groups(dataset):
+            block[where], sample[where] = self.orders[number].locate(index[where])
         return SampleRefs(dataset, block, sample)
 
     def read(self, positions: ArrayLike) -> NDArray[Any]:
@@ -72,9 +72,8 @@ class Stream:
         """
         refs = self.locate(positions)
         out = np.empty((len(refs.sample), self.seq_length + 1), dtype=self.dtype)
-        for number in np.unique(refs.dataset):
+        for number, rows in groups(refs.dataset):
             order = self.orders[number]
-            rows = np.flatnonzero(refs.dataset == number)
             if order.dataset.dtype == self.dtype:
                 order.read(refs.block[rows], refs.sample[rows], out, rows)
             else:  # a blend of files in different types

@@ -54,6 +54,17 @@ def test_a_stream_goes_on_past_its_head(folder):
 
 
 @pytest.mark.parametrize("make", [single, blended])
+def test_no_positions_give_no_rows(folder, make):
+    assert open_here(make(folder)).train.read([]).shape == (0, 65)
+
+
+@pytest.mark.parametrize("make", [single, blended])
+def test_a_negative_position_is_refused(folder, make):
+    with pytest.raises(ValueError, match=r"positions must be >= 0, got -1"):
+        open_here(make(folder)).train.read([4, -1])
+
+
+@pytest.mark.parametrize("make", [single, blended])
 def test_rows_do_not_depend_on_what_is_read_with_them(folder, make):
     stream = open_here(make(folder)).train
     positions = np.random.RandomState(0).randint(0, 3 * len(stream), 60)
