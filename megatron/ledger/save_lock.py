@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,9 @@ class SaveLock:
     """A held lock; release it, or use it as a context manager.
 
     Example:
-        >>> import tempfile, time
+        >>> import tempfile
         >>> save = Path(tempfile.mkdtemp())
-        >>> with SaveLock.acquire(save, now=time.time()) as lock:
+        >>> with SaveLock.acquire(save) as lock:
         ...     (save / "lock.json").exists()
         True
         >>> (save / "lock.json").exists()
@@ -66,17 +67,18 @@ class SaveLock:
         self.holder = holder
 
     @classmethod
-    def acquire(cls, save: Path, *, now: float) -> Self:
+    def acquire(cls, save: Path, *, now: float | None = None) -> Self:
         """Take the lock of ``save``, which is created if missing.
 
         Args:
             save: the save directory.
-            now: seconds since the epoch.
+            now: seconds since the epoch, the clock's if None.
 
         Raises:
             RunDirectoryError: another job holds it, or it cannot be written.
         """
         pid = os.getpid()
+        now = time.time() if now is None else now
         holder = LockHolder(
             socket.gethostname(), pid, _process_start(pid) or 0, now, uuid.uuid4().hex
         )

@@ -1,0 +1,13 @@
+"""Checkpoints in NeoX's layout: written through DeepSpeed, read by us.
+
+save             one checkpoint: hidden while it is written, named when it is complete
+load             a full resume at the topology that wrote it, or weights into any
+weights          layer files (or a sequential module file) -> live module, at any TP and PP
+stored           what a checkpoint directory holds, and who wrote it
+compatibility    is it this run's model, topology and parameter order?
+engine_optimizer state of DeepSpeed's optimizers
+optimizer_state  state of the torch optimizer inside: as ours want it, and as NeoX wants it
+rng              random states of a rank
+safe_torch       the only place that opens torch files
+agreement        all ranks go on, or all raise
+"""

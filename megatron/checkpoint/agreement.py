@@ -1,0 +1,54 @@
+"""All ranks go on, or all of them raise the same error."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from megatron.base.errors import CheckpointError, MegatronError
+
+__all__ = ["Gather", "all_or_none", "require_agreement"]
+
+T = TypeVar("T")
+
+Gather = Callable[[Any], list[Any]]
+"""Return the argument of every rank, in rank order, on every rank."""
+
+
+def require_agreement(problem: str | None, gather: Gather) -> None:
+    """Raise on every rank if any rank has a problem.
+
+    Raises:
+        CheckpointError: names each rank with its problem.
+    """
+    problems: dict[str, list[int]] = {}
+    for rank, reported in enumerate(gather(problem)):
+        if reported is not None:
+            problems.setdefault(reported, []).append(rank)
+    if problems:
+        lines = [f"{_ranks(ranks)}: {reported}" for reported, ranks in problems.items()]
+        raise CheckpointError("\n".join(lines))
+
+
+def all_or_none(action: Callable[[], T], gather: Gather) -> T:
+    """Run ``action``, which must not communicate, on this rank and wait for the others.
+
+    Raises:
+        CheckpointError: it failed on the ranks that the message names, perhaps this one.
+    """
+    result: T | None = None
+    problem: str | None = None
+    cause: Exception | None = None
+    try:
+        result = action()
+    except (MegatronError, OSError) as error:
+        problem, cause = str(error), error
+    try:
+        require_agreement(problem, gather)
+    except CheckpointError as error:
+        raise error from cause
+    return result  # type: ignore[return-value] # None only if T is
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return "ranks " + ", ".join(str(rank) for rank in ranks)

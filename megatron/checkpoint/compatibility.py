@@ -1,0 +1,112 @@
+"""Whether a stored checkpoint is of this run's model, topology and parameter order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.base.errors import CheckpointError
+from megatron.checkpoint.stored import StoredCheckpoint
+from megatron.config.topology import Topology
+from megatron.model.settings import ModelSettings
+
+__all__ = [
+    "WEIGHTS_ALONE",
+    "LoadSettings",
+    "model_rank",
+    "require_resumable",
+    "require_same_arguments",
+    "require_same_parameters",
+    "topology_difference",
+]
+
+WEIGHTS_ALONE = (
+    "to load the weights alone set no_load_optim: true (go on from this step) or finetune: true "
+    "(a new run)"
+)
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """What a launch expects of the checkpoint it loads."""
+
+    model: ModelSettings  # with the checkpoint's pinned facts
+    model_arguments: Mapping[str, Any]  # the eight values NeoX compares, as this run saves them
+    topology: Topology
+    rank: int  # global rank of this process
+
+
+def model_rank(settings: LoadSettings) -> int:
+    return settings.topology.model_file_rank(settings.topology.coordinates(settings.rank))
+
+
+def topology_difference(stored: StoredCheckpoint, topology: Topology) -> str | None:
+    """Return how the writer's topology differs from this run's, None if it doesn't."""
+    if not stored.model_ranks:
+        return "it holds weights alone"
+    metadata = stored.model_states(stored.model_ranks[0])
+    tensor = stored.tensor_parallel_size
+    stages = metadata.get("mp_world_size", len(stored.model_ranks)) // tensor
+    written = (
+        stages if stored.has_layer_files else 0,
+        tensor,
+        metadata.get("dp_world_size"),
+    )
+    live = (
+        topology.pipeline_parallel_size if topology.uses_pipeline_engine else 0,
+        topology.tensor_parallel_size,
+        topology.data_parallel_size,
+    )
+    if written == live:
+        return None
+
+    def described(sizes: tuple[Any, ...]) -> str:
+        return "pipe_parallel_size {}, model_parallel_size {}, data parallel {}".format(*sizes)
+
+    return f"it was written at {described(written)}, this launch has {described(live)}"
+
+
+def require_resumable(stored: StoredCheckpoint, difference: str | None) -> None:
+    if difference is None:
+        return
+    reason = ""
+    if stored.model_ranks:
+        reason = "; optimizer state cannot be resharded to another topology yet"
+    raise CheckpointError(f"{stored.directory}: {difference}{reason}; {WEIGHTS_ALONE}")
+
+
+def require_same_arguments(
+    stored: StoredCheckpoint, settings: LoadSettings, *, but: tuple[str, ...] = ()
+) -> None:
+    different = [
+        f"{key} is {value!r} in the checkpoint and {settings.model_arguments[key]!r} here"
+        for key, value in stored.model_arguments.items()
+        if key not in but
+        and key in settings.model_arguments
+        and value != settings.model_arguments[key]
+    ]
+    if different:
+        raise CheckpointError(
+            f"{stored.directory} holds another model: {'; '.join(different)}. Change the "
+            "configuration to the checkpoint's values"
+        )
+
+
+def require_same_parameters(engine: Any, metadata: Mapping[str, Any], *, source: str) -> None:
+    """Check names, order and shapes of the parameters in ZeRO's flat vectors."""
+    stored = metadata.get("param_shapes")
+    if stored is None:
+        return
+    live = engine._get_zero_param_shapes()
+    for index, (old, new) in enumerate(zip(stored, live, strict=False)):
+        for old_item, new_item in zip(old.items(), new.items(), strict=False):
+            if (old_item[0], tuple(old_item[1])) != (new_item[0], tuple(new_item[1])):
+                raise CheckpointError(
+                    f"{source}: group {index} holds {old_item[0]} {tuple(old_item[1])} where this "
+                    f"model has {new_item[0]} {tuple(new_item[1])}: layers are divided over the "
+                    f"stages in another way, or the model is another one; {WEIGHTS_ALONE}"
+                )
+    if [len(group) for group in stored] != [len(group) for group in live]:
+        raise CheckpointError(
+            f"{source} holds groups of {[len(group) for group in stored]} parameters, this model "
+            f"has {[len(group) for group in live]}; {WEIGHTS_ALONE}"
+        )

@@ -1,0 +1,287 @@
+"""Reading a checkpoint: everything is opened and checked on every rank before anything changes.
+
+DeepSpeed's own loader serves ZeRO 3 only: it loads a stale or missing part without a word, and a
+damaged file on one rank leaves the others waiting (measured: platform facts, §6).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch import nn
+
+from megatron.base.errors import CheckpointError
+from megatron.checkpoint.agreement import Gather, all_or_none
+from megatron.checkpoint.compatibility import (
+    WEIGHTS_ALONE,
+    LoadSettings,
+    model_rank,
+    require_resumable,
+    require_same_arguments,
+    require_same_parameters,
+    topology_difference,
+)
+from megatron.checkpoint.engine_optimizer import (
+    adapt_engine_state,
+    is_partitioned,
+    load_engine_state,
+    require_matching_masters,
+)
+from megatron.checkpoint.rng import restore_rng_states
+from megatron.checkpoint.safe_torch import read_torch_file
+from megatron.checkpoint.stored import StoredCheckpoint, model_states_file, zero_file
+from megatron.checkpoint.weights import LayerWeights, copy_weights, read_weights
+
+__all__ = ["LoadSettings", "LoadedState", "load_checkpoint", "load_weights"]
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """Where a run goes on."""
+
+    iteration: int  # steps the loaded model has been trained for
+    notices: tuple[str, ...]  # what a user should know, the same on every rank
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything read and checked; nothing of it applied yet."""
+
+    iteration: int
+    metadata: Mapping[str, Any]  # of this rank's model-states file; empty if it isn't needed
+    weights: LayerWeights | None
+    optimizer: dict[str, Any] | None
+    rng_source: str | None  # the file the random states come from, None: they are left alone
+    notices: tuple[str, ...]
+
+
+def load_weights(
+    module: nn.Module, directory: Path, settings: LoadSettings, *, gather: Gather
+) -> None:
+    """Fill ``module`` with the weights of a checkpoint written at any TP and PP.
+
+    Call it before an engine wraps the module: DeepSpeed then makes its fp32 copies from them.
+
+    Args:
+        module: this rank's pipeline stage, or the sequential model.
+        directory: a ``global_stepN``.
+        settings: what is expected of it.
+        gather: collects a value of every rank, outside of the training's process groups.
+
+    Raises:
+        CheckpointError: a file or tensor is missing or doesn't fit, on any rank; the module is
+            then unchanged everywhere.
+    """
+
+    def prepare() -> LayerWeights:
+        stored = StoredCheckpoint(directory)
+        require_same_arguments(stored, settings, but=("model_parallel_size",))
+        return _read_weights(stored, module, settings)
+
+    copy_weights(module, all_or_none(prepare, gather))
+
+
+def load_checkpoint(
+    engine: Any,
+    directory: Path,
+    settings: LoadSettings,
+    *,
+    gather: Gather,
+    restores_weights: bool = True,
+    restores_optimizer: bool = True,
+    restores_rng: bool = True,
+) -> LoadedState:
+    """Restore ``engine`` from a checkpoint and return where the run goes on.
+
+    Args:
+        engine: DeepSpeed's, freshly initialised.
+        directory: a ``global_stepN``, NeoX's or ours.
+        settings: what is expected of it.
+        gather: collects a value of every rank, outside of the training's process groups.
+        restores_weights: False if :func:`load_weights` has filled the module already.
+        restores_optimizer: also restore optimizer, schedule and step counters, which needs the
+            topology that wrote them. Otherwise weights written at any TP and PP are loaded.
+        restores_rng: also restore the random states, where the topology is the writer's.
+
+    Raises:
+        CheckpointError: anything is missing, damaged or doesn't fit, on any rank; nothing has
+            been changed then on any of them.
+        ConfigError: the learning-rate schedule is another one.
+    """
+    if restores_optimizer and _is_scattered(engine):
+        return _load_scattered(engine, directory, settings, gather, restores_rng)
+
+    prepared = all_or_none(
+        lambda: _prepare(
+            engine,
+            StoredCheckpoint(directory),
+            settings,
+            restores_weights=restores_weights,
+            restores_optimizer=restores_optimizer,
+            restores_rng=restores_rng,
+        ),
+        gather,
+    )
+    if prepared.optimizer is not None:
+        engine.lr_scheduler.load_state_dict(prepared.metadata["lr_scheduler"])
+    if prepared.weights is not None:
+        copy_weights(engine.module, prepared.weights)
+    if prepared.optimizer is not None:
+        load_engine_state(engine, prepared.optimizer, settings)
+        _apply_counters(engine, prepared.metadata)
+        all_or_none(lambda: require_matching_masters(engine, directory), gather)
+    elif prepared.weights is not None and hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    if prepared.rng_source is not None:
+        restore_rng_states(prepared.metadata, source=prepared.rng_source)
+    return LoadedState(prepared.iteration, prepared.notices)
+
+
+def _prepare(
+    engine: Any,
+    stored: StoredCheckpoint,
+    settings: LoadSettings,
+    *,
+    restores_weights: bool,
+    restores_optimizer: bool,
+    restores_rng: bool,
+) -> _Prepared:
+    difference = topology_difference(stored, settings.topology)
+    if restores_optimizer:
+        require_resumable(stored, difference)
+    require_same_arguments(
+        stored, settings, but=() if restores_optimizer else ("model_parallel_size",)
+    )
+    notices: list[str] = []
+    metadata: Mapping[str, Any] = {}
+    has_rng = restores_rng and not difference and bool(stored.model_ranks)
+    if restores_rng and not has_rng:
+        notices.append(
+            f"random states are not restored: {difference or 'the checkpoint holds none'}; dropout "
+            "goes on from this run's seed, the order of samples is not affected"
+        )
+    if restores_optimizer or has_rng:
+        metadata = stored.model_states(model_rank(settings))
+    optimizer = None
+    if restores_optimizer:
+        optimizer, found = _read_optimizer(engine, stored, metadata, settings)
+        notices += found
+    return _Prepared(
+        iteration=stored.iteration,
+        metadata=metadata,
+        weights=_read_weights(stored, engine.module, settings) if restores_weights else None,
+        optimizer=optimizer,
+        rng_source=(
+            str(stored.directory / model_states_file(model_rank(settings))) if has_rng else None
+        ),
+        notices=tuple(notices),
+    )
+
+
+def _read_weights(
+    stored: StoredCheckpoint, module: nn.Module, settings: LoadSettings
+) -> LayerWeights:
+    place = settings.topology.coordinates(settings.rank)
+    return read_weights(
+        stored,
+        module,
+        settings=settings.model,
+        tensor_parallel_size=settings.topology.tensor_parallel_size,
+        tensor_rank=place.tensor_parallel_rank,
+    )
+
+
+def _read_optimizer(
+    engine: Any, stored: StoredCheckpoint, metadata: Mapping[str, Any], settings: LoadSettings
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return this rank's state as ``engine.optimizer`` loads it, and notices."""
+    name = model_states_file(model_rank(settings))
+    state, ds_config = metadata.get("optimizer"), metadata.get("ds_config")
+    if is_partitioned(engine):
+        place = settings.topology.coordinates(settings.rank)
+        name = zero_file(
+            place.data_parallel_rank, model_rank(settings), bf16=engine.bfloat16_enabled()
+        )
+        content = stored.optimizer_states(name)
+        state, ds_config = content.get("optimizer_state_dict"), content.get("ds_config")
+        require_same_parameters(engine, metadata, source=str(stored.directory / name))
+    source = str(stored.directory / name)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{source} holds no optimizer state: it was written with another ZeRO stage, which "
+            f"only changes together with resharding (not supported yet); {WEIGHTS_ALONE}"
+        )
+    if ds_config is None and not stored.is_ours:
+        raise CheckpointError(
+            f"{source} was written by NeoX v1.0, whose optimizer state cannot be read yet; "
+            f"{WEIGHTS_ALONE}"
+        )
+    multiple = 1
+    notices: list[str] = []
+    if not stored.is_ours and stored.has_layer_files:
+        multiple = stored.gradient_accumulation_steps(ds_config)
+        if multiple != 1:
+            notices.append(
+                "NeoX's pipeline sums gradients over the micro steps where we average: the "
+                f"optimizer's exp_avg is divided by {multiple}, exp_avg_sq by {multiple**2}"
+            )
+    adapted, found = adapt_engine_state(engine, state, gradient_multiple=multiple, source=source)
+    return adapted, (*notices, *found)
+
+
+def _apply_counters(engine: Any, metadata: Mapping[str, Any]) -> None:
+    engine.global_steps = metadata["global_steps"]
+    engine.global_samples = metadata.get(
+        "global_samples", engine.global_steps * engine.train_batch_size()
+    )
+    engine.skipped_steps = metadata["skipped_steps"]
+
+
+def _load_scattered(
+    engine: Any, directory: Path, settings: LoadSettings, gather: Gather, restores_rng: bool
+) -> LoadedState:
+    """Resume a ZeRO 3 run through DeepSpeed's loader, once every rank can read its files."""
+    place = settings.topology.coordinates(settings.rank)
+
+    def prepare() -> tuple[int, Mapping[str, Any]]:
+        stored = StoredCheckpoint(directory)
+        require_resumable(stored, topology_difference(stored, settings.topology))
+        if not stored.is_scattered:
+            raise CheckpointError(
+                f"{directory} was not written by ZeRO stage 3, which only changes together with "
+                f"resharding (not supported yet); {WEIGHTS_ALONE}"
+            )
+        require_same_arguments(stored, settings)
+        optimizer_name = zero_file(
+            place.data_parallel_rank, model_rank(settings), bf16=engine.bfloat16_enabled()
+        )
+        stored.optimizer_states(optimizer_name)
+        metadata = stored.model_states(model_rank(settings), place.data_parallel_rank)
+        return stored.iteration, metadata
+
+    iteration, metadata = all_or_none(prepare, gather)
+    original, engine.checkpoint_engine = engine.checkpoint_engine, _FileReader()
+    try:
+        engine.load_checkpoint(str(directory.parent), tag=directory.name)
+    finally:
+        engine.checkpoint_engine = original
+    if restores_rng:
+        restore_rng_states(metadata, source=str(directory))
+    return LoadedState(iteration, ())
+
+
+class _FileReader(TorchCheckpointEngine):
+    """DeepSpeed's loader, reading through our restricted unpickler."""
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        raise NotImplementedError("this engine reads only")
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return read_torch_file(Path(path))
+
+
+def _is_scattered(engine: Any) -> bool:
+    return bool(engine.zero_optimization_partition_weights())
