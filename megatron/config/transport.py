@@ -8,6 +8,7 @@ most 128 KiB per argument; beyond that the argument is ``@FILE``, a file only th
 import argparse
 import base64
 import binascii
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 from megatron.base.errors import ConfigError
 from megatron.config.load import override, resolve
-from megatron.config.registry import keys
+from megatron.config.registry import keys, resolve_alias
 from megatron.config.run_config import RunConfig
 from megatron.config.yaml_files import Written, normalise
 
@@ -121,13 +122,8 @@ def load_transported(
     )
     if written_keys is None:
         return config
-    return _with_written(config, frozenset(written_keys) | set(overwrite_values or {}))
-
-
-def _with_written(config: RunConfig, written: frozenset[str]) -> RunConfig:
-    from dataclasses import replace
-
-    return replace(config, written=written & frozenset(keys()))
+    overwritten = {resolve_alias(normalise(name)) for name in overwrite_values or {}}
+    return dataclasses.replace(config, written=frozenset(written_keys) | overwritten)
 
 
 def decode_payloads(argv: Sequence[str]) -> dict[str, Any]:

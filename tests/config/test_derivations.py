@@ -158,6 +158,7 @@ def test_ranks_that_cannot_be_divided_are_refused():
         ({"fp16": {"enabled": True}}, "fp16"),
         ({"fp16": {"enabled": False}}, "fp32"),
         ({"bf16": {"enabled": True}}, "bfloat16"),
+        ({"deepspeed_extra_args": {"bf16": {"enabled": True}}}, "bfloat16"),
         ({"fp16": {"enabled": True, "type": "bfloat16"}}, "bfloat16"),  # v1.0's spelling
         ({"precision": "fp16", "fp16": {"enabled": True}}, "fp16"),
         ({"precision": "fp16", "fp16": {"enabled": False}}, "fp16"),
@@ -194,6 +195,10 @@ def test_bfloat16_without_a_block_reaches_deepspeed():
         (
             {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
             "conflicting precisions: fp16=",
+        ),
+        (
+            {"precision": "fp32", "deepspeed_extra_args": {"bf16": {"enabled": True}}},
+            "conflicting precisions: precision=fp32 (override) means fp32 but deepspeed_extra_args",
         ),
         ({"fp16": {"loss_scale": 0}}, 'override: fp16 must say "enabled": true or false'),
         ({"precision": "fp8"}, "precision must be one of fp16, fp32, bfloat16, got 'fp8'"),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -228,3 +229,16 @@ def test_a_v1_0_configuration_is_taken_as_it_is():
     neox = NeoXArgs.from_ymls([DATA / "pythia" / "tiny.yml"], {"global_num_gpus": 4})
     assert neox.precision == "fp16"
     assert neox.config_files.keys() == {"tiny.yml"}
+
+
+def test_attributes_read_off_args_anywhere_are_keys():
+    # NeoX has a test like this one: whatever stands behind `args.` must be declared
+    pattern = re.compile(r"\b(?:neox_|kw)?args\.([A-Za-z_]\w*)")
+    sources = [p for p in (ROOT / "megatron").rglob("*.py") if p.name != "train_tokenizer.py"]
+    strangers = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources
+        for name in pattern.findall(path.read_text())
+        if not hasattr(NeoXArgs, name) and name not in keys()
+    }
+    assert strangers == set()

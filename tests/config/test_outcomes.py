@@ -98,6 +98,7 @@ def test_defaults_and_agreeing_mirrors_are_not_mentioned():
             {"zero_optimization": {"stage": 2}, "pipe_parallel_size": 1},
             "(ZeRO 2 and 3 need pipe_parallel_size: 0; with a pipeline use stage 0 or 1)",
         ),
+        ({"communication_data_type": True}, "(write a type, such as fp32, or leave it out)"),
         ({"sequence_parallel": True}, "sequence_parallel=True (set it to false; the numbers"),
     ],
 )

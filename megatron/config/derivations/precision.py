@@ -16,6 +16,7 @@ def derive_precision(draft: Draft) -> dict[str, Any]:
         ConfigError: two keys ask for different precisions, or a block doesn't say ``enabled``.
     """
     fp16, bf16 = draft["fp16"], draft["bf16"]
+    extra = draft["deepspeed_extra_args"] or {}
     for name, block in (("fp16", fp16), ("bf16", bf16)):
         if block and "enabled" not in block:
             raise ConfigError(
@@ -30,6 +31,8 @@ def derive_precision(draft: Draft) -> dict[str, Any]:
         asked[f"{draft.say('fp16')}"] = meant
     if bf16 and bf16["enabled"]:
         asked[f"{draft.say('bf16')}"] = "bfloat16"
+    if (extra.get("bf16") or {}).get("enabled"):
+        asked[f"{draft.say('deepspeed_extra_args')}"] = "bfloat16"
     if len(set(asked.values())) > 1:
         said = " but ".join(f"{how} means {what}" for how, what in asked.items())
         raise ConfigError(f"conflicting precisions: {said}; keep one")
@@ -40,7 +43,6 @@ def derive_precision(draft: Draft) -> dict[str, Any]:
     elif precision == "bfloat16" and bf16:
         changes["bf16"] = {**bf16, "enabled": True}
     elif precision == "bfloat16":
-        extra = draft["deepspeed_extra_args"] or {}
         changes["deepspeed_extra_args"] = {"bf16": {"enabled": True}, **extra}
     return changes
 

@@ -36,6 +36,13 @@ def _judge_zero(value: Any, keys: Mapping[str, Any]) -> Outcome:
     return WORKS
 
 
+def _judge_type_name(value: Any, _keys: Mapping[str, Any]) -> Outcome:
+    """works for a type's name; true and false refused."""
+    if isinstance(value, str):
+        return WORKS
+    return refused("write a type, such as fp32, or leave it out")
+
+
 def _judge_when_on(advice: str) -> OutcomeRule:
     """refused when enabled."""
 
@@ -139,7 +146,7 @@ class DeepspeedConfig:
     flops_profiler: dict[str, Any] | None = key(None, tier=3, outcome=WORKS)
     """DeepSpeed's profiler of floating-point operations. Must have ``enabled``."""
 
-    communication_data_type: bool | str | None = key(None, tier=2, outcome=WORKS)
+    communication_data_type: bool | str | None = key(None, tier=2, outcome=_judge_type_name)
     """Type gradients are exchanged in, such as ``fp32``. Unset: that of the parameters. (NeoX only
     lets a boolean through, which DeepSpeed can't use.)"""
 

@@ -40,7 +40,7 @@ class Ledger:
     )
     """Save and stop after so long. Unset: SLURM's end of job is watched all the same."""
 
-    deterministic: bool = key(False, outcome=WORKS)
+    deterministic: bool = key(False, outcome=refused("leave it out; without GPUs it is always so"))
     """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit.
     Without GPUs always so."""
 

@@ -30,7 +30,9 @@ class Logging:
     wandb_project: str | None = key("neox", outcome=WORKS)
     """Project of the run."""
 
-    wandb_host: str | None = key("https://api.wandb.ai", outcome=WORKS)
+    wandb_host: str | None = key(
+        "https://api.wandb.ai", outcome=no_effect("set WANDB_BASE_URL for a server of your own")
+    )
     """Server whose key is looked up in ``~/.netrc``."""
 
     wandb_init_all_ranks: bool | None = key(

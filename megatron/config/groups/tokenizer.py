@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.declare import WORKS, key
+from megatron.config.declare import WORKS, key, no_effect
 
 __all__ = ["Tokenizer"]
 
@@ -25,7 +25,12 @@ class Tokenizer:
     ) = key("GPT2BPETokenizer", outcome=WORKS)
     """Kind of tokenizer. ``vocab_file`` (and ``merge_file`` for GPT-2's) say which one."""
 
-    padded_vocab_size: int | None = key(None, unit="tokens", minimum=1, outcome=WORKS)
-    """Rows of the embedding. Unset: the tokenizer's size rounded up to a multiple of
-    ``make_vocab_size_divisible_by`` x ``model_parallel_size`` when a run begins, and what its first
-    checkpoint says ever after."""
+    padded_vocab_size: int | None = key(
+        None,
+        unit="tokens",
+        minimum=1,
+        outcome=no_effect("it follows from the tokenizer, or stands in the checkpoint"),
+    )
+    """Rows of the embedding; not for configuration files. The tokenizer's size rounded up to a
+    multiple of ``make_vocab_size_divisible_by`` x ``model_parallel_size`` when a run begins, and
+    what its first checkpoint says ever after."""
