@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.base.errors import ConfigError
@@ -60,6 +60,7 @@ def test_draws_equal_megatron_cores_helper(num_datasets):
     assert np.array_equal(samples, expected[1])
 
 
+@settings(max_examples=20)
 @given(weights=_WEIGHTS, positions=st.lists(st.integers(0, 5 * DRAWS_PER_CHUNK), max_size=50))
 def test_a_jump_finds_what_a_walk_finds(weights, positions):
     walked_datasets, walked_samples = Blend(weights).locate(np.arange(5 * DRAWS_PER_CHUNK + 1))

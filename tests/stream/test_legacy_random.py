@@ -1,5 +1,8 @@
 """The compiled shuffle is NumPy's, and leaves the generator where NumPy's would be."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,3 +65,9 @@ def test_arrays_it_cannot_shuffle_are_refused(array):
 def test_items_of_other_widths_are_refused():
     with pytest.raises(TypeError, match="4- or 8-byte items"):
         LegacyGenerator(1).shuffle(np.zeros(8, np.uint16))
+
+
+def test_without_the_extension_the_error_says_how_to_build_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron.stream._shuffle", None)
+    with pytest.raises(ImportError, match="not built for this Python: run `make setup`"):
+        importlib.reload(compiled)
