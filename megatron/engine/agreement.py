@@ -21,7 +21,8 @@ def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
     ``action`` must not communicate with other ranks on its own if it may fail before doing so.
 
     Raises:
-        Exception: what ``action`` raised here.
+        Exception: what ``action`` raised here. If other ranks raised the same, the first of them
+            is its teller.
         PeerFailedError: it worked here, but not on the ranks the message names.
     """
     error: Exception | None = None
@@ -33,10 +34,14 @@ def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
     report = None if error is None else f"{type(error).__name__}: {error}"
     reports = groups.gather(report)
     if error is not None:
+        if isinstance(error, MegatronError) and error.teller is None:
+            error.teller = reports.index(report)
         raise error
     failed = {rank: text for rank, text in enumerate(reports) if text is not None}
     if failed:
-        raise PeerFailedError(_describe(failed, len(reports)))
+        peer_failed = PeerFailedError(_describe(failed, len(reports)))
+        peer_failed.teller = min(failed)
+        raise peer_failed
     return result  # type: ignore[return-value]
 
 

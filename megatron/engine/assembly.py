@@ -118,7 +118,7 @@ def initialize_engine(
         engine.fp16_enabled() or engine.bfloat16_enabled() or engine.zero_optimization()
     )
     if not is_plain:
-        return engine, engine.get_global_grad_norm
+        return engine, lambda: _as_number(engine.get_global_grad_norm())
     clipper = GradientClipper(
         module.parameters(), groups, limit=deepspeed_settings["gradient_clipping"]
     )
@@ -126,3 +126,8 @@ def initialize_engine(
     engine.clip_fp32_gradients = lambda: None
     optimizer.register_step_pre_hook(lambda *_: clipper.clip())
     return engine, lambda: clipper.last_norm
+
+
+def _as_number(norm: Any) -> float | None:
+    # A tensor or a float, depending on DeepSpeed's optimizer.
+    return None if norm is None else float(norm)

@@ -5,6 +5,7 @@ only ever appended.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -26,9 +27,9 @@ class StepRecord:
     step: int  # from 1; step N makes global_stepN
     position: int  # stream position of the step's first sample
     samples: int  # consecutive positions consumed, over all ranks
-    loss: float  # mean over the step's micro batches and data-parallel ranks
+    loss: float  # mean over the step's micro batches and data-parallel ranks; may be NaN
     lr: float  # learning rate after the step, as NeoX logs it
-    grad_norm: float | None  # global L2 norm before clipping; None where DeepSpeed gives none
+    grad_norm: float | None  # global L2 norm before clipping; None if it isn't finite or known
     skipped: bool  # samples consumed, weights unchanged: the fp16 loss scale overflowed
     seconds: float  # wall time of the step
 
@@ -55,13 +56,29 @@ def read_attempt(path: Path) -> Iterator[StepRecord]:
         if not line:
             continue
         try:
-            yield StepRecord(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            yield _decode(line)
+        except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # no newline behind it: never finished
                 return
             raise RunDirectoryError(
                 f"{path}:{number}: not a step record ({error}); the file was changed or damaged"
             ) from error
+
+
+def _encode(record: StepRecord) -> str:
+    # JSON has no infinity and no NaN: an overflow's norm, a diverged loss are null.
+    values = asdict(record)
+    for name in ("loss", "grad_norm"):
+        if values[name] is not None and not math.isfinite(values[name]):
+            values[name] = None
+    return json.dumps(values, allow_nan=False)
+
+
+def _decode(line: bytes) -> StepRecord:
+    values = json.loads(line)
+    if values["loss"] is None:
+        values["loss"] = math.nan
+    return StepRecord(**values)
 
 
 class AttemptLog:
@@ -77,7 +94,7 @@ class AttemptLog:
 
     def append(self, record: StepRecord) -> None:
         """Write one line; it survives a kill of this process, not yet a crash of the machine."""
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        self._file.write(_encode(record) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

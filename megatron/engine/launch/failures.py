@@ -2,9 +2,12 @@
 
 When one rank fails, its peers soon fail too: their connections to it break. Their tracebacks are
 as loud as the first one and say nothing. The first failure is the earliest sign of one: the moment
-a rank's last traceback began, or, if it left none, the moment it was seen to have ended.
+a rank's last traceback began, or, if it left none, the moment it was seen to have ended. On a busy
+machine two signs may be seen in the wrong order; so one that only tells of a lost connection gives
+way to another that came soon after it.
 """
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ __all__ = ["RankEnd", "failure_report", "first_failure"]
 
 # A traceback this long before the first death was handled by its program: it is no sign of failure.
 _HANDLED_AFTER_S = 10.0
+# Signs this close may be seen in either order.
+_SAME_TIME_S = 1.0
+_LOST_PEER = re.compile(r"connection|broken pipe|remote worker|peer", re.IGNORECASE)
 _LISTED = 8
 
 
@@ -43,6 +49,17 @@ class RankEnd:
             return 1  # the launcher's signal only came before the program's own end
         return self.exit.status
 
+    @property
+    def was_only_told(self) -> bool:
+        """Whether nothing but the launcher's signal ended it."""
+        return self.was_told and self.exit.signal is not None and self.trace_began_at is None
+
+    @property
+    def blames_a_peer(self) -> bool:
+        """Whether its last words are about a lost connection, not about an error of its own."""
+        words = [line for line in self.excerpt.splitlines() if line and not line[0].isspace()]
+        return self.trace_began_at is not None and any(map(_LOST_PEER.search, words[-3:]))
+
 
 def first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
     """Return the rank that failed first, or None if all ended with status 0."""
@@ -51,13 +68,16 @@ def first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
         return None
     first_death = min(end.ended_at for end in failed)
 
-    def first_sign(end: RankEnd) -> tuple[float, float]:
+    def first_sign(end: RankEnd) -> float:
         began_at = end.trace_began_at
         if began_at is not None and began_at >= first_death - _HANDLED_AFTER_S:
-            return min(began_at, end.ended_at), end.ended_at
-        return end.ended_at, end.ended_at
+            return min(began_at, end.ended_at)
+        return end.ended_at
 
-    return min(failed, key=first_sign)
+    ordered = sorted(failed, key=lambda end: (first_sign(end), end.ended_at))
+    together = [end for end in ordered if first_sign(end) <= first_sign(ordered[0]) + _SAME_TIME_S]
+    own = [end for end in together if not end.blames_a_peer and not end.was_only_told]
+    return own[0] if own else ordered[0]
 
 
 def failure_report(ends: Sequence[RankEnd], first: RankEnd) -> str:

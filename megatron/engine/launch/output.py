@@ -16,7 +16,7 @@ __all__ = ["OutputPipe", "StderrTail", "write_all"]
 
 _CHUNK = 65536  # bytes; as much as a pipe holds
 _CHUNKS_AT_ONCE = 16  # so that a rank that never stops writing leaves room for signals
-_PROMPT_AFTER_S = 0.05
+_PROMPT_AFTER_S = 0.5
 _TAIL_LINES = 400
 _LAST_LINES = 20  # shown of a rank that left no traceback
 
