@@ -13,6 +13,6 @@ if __name__ == "__main__":
         script,
         tuple(arguments),
         environ=os.environ,
-        grace=GraceTimes(settle_s=0.5, terminate_s=0.5),
+        grace=GraceTimes(settle_s=0.8, terminate_s=0.4),
     )
     sys.exit(status)

@@ -62,7 +62,7 @@ def test_the_job_ends_with_the_failing_ranks_status(tmp_path, end, status, words
     assert words in finished.stderr
     assert "then rank 0: ended by the launcher" in finished.stderr
     assert f"---- the job ends with status {status}" in finished.stderr.splitlines()
-    assert finished.seconds < 5
+    assert finished.seconds < 8
 
 
 def test_a_rank_that_leaves_with_0_early_does_not_end_the_others(tmp_path):
@@ -83,6 +83,7 @@ if rank == 0:
     os.rename(path + ".new", path)
     peer = server.accept()[0]
     peer.recv(1)
+    time.sleep(0.2)  # as long as the launcher may take to read rank 1's traceback
     raise ConnectionError("peer lost")
 if rank == 2:
     time.sleep(60)
@@ -92,7 +93,7 @@ peer = socket.socket(socket.AF_UNIX)
 peer.connect(path)
 def end_slowly():
     peer.close()
-    time.sleep(0.3)
+    time.sleep(0.6)
 atexit.register(end_slowly)
 try:
     {}["cause"]
@@ -108,7 +109,7 @@ def test_the_first_failing_ranks_traceback_is_the_first_and_the_last_one(tmp_pat
     traces = [number for number, line in enumerate(lines) if "Traceback (most" in line]
     assert lines[traces[0]] == "[rank1]: Traceback (most recent call last):"
     report = lines.index(next(line for line in lines if "of 3 ranks this one failed first" in line))
-    assert lines[report + 1].startswith("---- rank 1: exit code 1, after 0.")
+    assert lines[report + 1].startswith("---- rank 1: exit code 1, after ")
     # Both tracebacks of the chain, whole, and nobody else's.
     assert traces[-2:] == [report + 2, traces[-1]]
     assert lines[-3:-1] == [
@@ -124,7 +125,7 @@ def test_a_rank_deaf_to_sigterm_is_killed_after_the_grace_time(tmp_path):
     script += "while not os.path.exists('ready0'): time.sleep(0.01)\nsys.exit(3)"
     finished = run(script, 2, tmp_path)
     assert finished.status == 3
-    assert 0.9 < finished.seconds < 4  # 0.5 s to settle, 0.5 s of grace
+    assert 1.1 < finished.seconds < 5  # 0.8 s to settle, 0.4 s of grace
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "sys.exit(0)"])

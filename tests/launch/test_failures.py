@@ -30,6 +30,14 @@ def test_the_earlier_traceback_is_first_though_its_process_ends_later():
     assert told.status == 1
 
 
+def test_a_lost_connection_is_not_the_cause_if_another_error_is_seen_just_after_it():
+    cause = replace(KILLED, exit=Exit(1), trace_began_at=10.2001, excerpt="Traceback\nKeyError\n")
+    assert first_failure([PEER_ERROR, replace(cause, ended_at=10.5)]) is not PEER_ERROR
+    late = replace(cause, ended_at=13.0, trace_began_at=12.0)
+    assert first_failure([PEER_ERROR, late]) is PEER_ERROR
+    assert first_failure([PEER_ERROR, replace(PEER_ERROR, rank=3, trace_began_at=10.25)]).rank == 2
+
+
 def test_a_traceback_handled_long_ago_is_no_sign_of_failure():
     logged = RankEnd(0, 100, Exit(None, 15), 11.0, -5.0, True, "Traceback\nhandled\n")
     assert first_failure([logged, KILLED]) is KILLED
