@@ -24,6 +24,10 @@ __all__ = [
 class MegatronError(Exception):
     """Root of our errors."""
 
+    teller: int | None = None
+    """Of an error that all ranks raise together, the rank that tells the user; None: each its own.
+    """
+
 
 class ConfigError(MegatronError, ValueError):
     """The configuration cannot be used; ``problems`` holds one message per mistake."""

@@ -2,22 +2,30 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from megatron.base.errors import MegatronError
 
 __all__ = ["run_command"]
 
+_TELLER_ENDS_FIRST_S = 2.0
+
 
 def run_command(command: Callable[[], None]) -> int:
     """Run ``command`` and return the process's exit status.
 
     An error of ours is a message for the user, printed without a traceback: what, the numbers,
-    where, what next. Anything else is a defect and keeps its traceback.
+    where, what next. What all ranks know is told by one of them, and that one ends first, so that
+    launchers take its words for the cause. Anything else is a defect and keeps its traceback.
     """
     try:
         command()
     except MegatronError as error:
+        rank = os.environ.get("RANK")
+        if error.teller is not None and rank is not None and int(rank) != error.teller:
+            time.sleep(_TELLER_ENDS_FIRST_S)
+            return 1
         print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
         return 1
     return 0

@@ -19,6 +19,11 @@ from megatron.stream.streams import Stream, Streams, StreamSettings, open_stream
 
 __all__ = ["RunData", "Sources", "open_run_data"]
 
+_NO_TRAINING_DATA = (
+    "there is no training data: the train share of split={split!r} is no document of {data_path}. "
+    "Give train a larger share, or a larger dataset"
+)
+
 
 @dataclass(frozen=True)
 class _Summary:
@@ -69,11 +74,7 @@ class RunData:
         interval = training.eval_interval
         evaluations = consumed_steps // interval if interval else 0
         train = self._source("train", consumed_steps * batch, stack)
-        if train is None:
-            raise ConfigError(
-                "there is no training data: the train share of split is empty. "
-                "Give train a larger share, or a larger dataset"
-            )
+        assert train is not None  # noqa: S101 - open_run_data has checked it
         has_evaluations = training.eval_iters > 0
         valid_position = evaluations * training.eval_iters * batch
         return Sources(
@@ -145,10 +146,12 @@ def open_run_data(config: RunConfig, groups: ProcessGroups) -> RunData:
 def _open(config: RunConfig, *, is_builder: bool) -> Streams:
     training = config.training
     settings = _stream_settings(config)
+    train_iters = training.train_iters
     requested = requested_samples(
-        train_iters=training.train_iters,
+        # a run of 0 steps, which only saves or evaluates, has training data too
+        train_iters=max(1, train_iters) if train_iters is not None else None,
         train_batch_size=config.geometry.global_batch_size,
-        eval_interval=training.eval_interval or (training.train_iters or 0) + 1,
+        eval_interval=training.eval_interval or (train_iters or 0) + 1,
         eval_iters=training.eval_iters,
     )
     return open_streams(settings, requested, is_builder=is_builder, barrier=lambda: None)
@@ -165,14 +168,27 @@ def _stream_settings(config: RunConfig) -> StreamSettings:
 
 
 def _summarise(config: RunConfig, tokenizer: Any, streams: Streams) -> _Summary:
+    if streams.train is None:
+        raise ConfigError(
+            _NO_TRAINING_DATA.format(
+                split=config.training.split, data_path=config.training.data_path
+            )
+        )
     training = config.training
     train_iters = training.train_iters
     if train_iters is None:
+        batch = config.geometry.global_batch_size
         train_iters = train_iters_for_epochs(
             training.train_epochs,
-            [order.head_length + 1 for order in streams.train.orders] if streams.train else [],
-            config.geometry.global_batch_size,
+            [order.head_length + 1 for order in streams.train.orders],
+            batch,
         )
+        if train_iters == 0:
+            raise ConfigError(
+                f"train_epochs={training.train_epochs}: the training data ends before the first step, "
+                f"which takes {batch} samples (train_batch_size); use more data, or say in "
+                "train_iters how many steps to take, over the data as often as needed"
+            )
     by_split = {"train": streams.train, "valid": streams.valid, "test": streams.test}
     return _Summary(
         vocab_size=tokenizer.vocab_size,

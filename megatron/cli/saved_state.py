@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron.base.errors import ConfigError
+from megatron.base.errors import ConfigError, RunDirectoryError
 from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
 from megatron.checkpoint.save import SaveSettings, save_checkpoint
@@ -47,7 +47,7 @@ class Checkpoints:
                 return None, None
             lock = None
             if save is not None:
-                save.mkdir(parents=True, exist_ok=True)
+                _make_directory(save)
                 lock = SaveLock.acquire(save, now=time.time())
             source = choose_checkpoint(
                 load, save, iteration=config.other.iteration, finetune=training.finetune
@@ -174,3 +174,12 @@ class Checkpoints:
             "tokenizer_type": self.config.tokenizer.tokenizer_type,
             "model_parallel_size": self.groups.topology.tensor_parallel_size,
         }
+
+
+def _make_directory(save: Path) -> None:
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"save: {save} cannot be made: {error.strerror}; name a directory this job may write"
+        ) from error

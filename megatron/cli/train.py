@@ -26,6 +26,7 @@ from megatron.engine.steps import LossFunction
 from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.run_directory import is_save_step
+from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
 from megatron.model.loss import cross_entropy_loss
 from megatron.model.parallel_layers import TensorParallel
@@ -72,14 +73,11 @@ def train(
         backend=config.other.distributed_backend,
     )
     with contextlib.ExitStack() as stack:
-        checkpoints = together(groups, functools.partial(Checkpoints.open, config, groups))
+        checkpoints = Checkpoints.open(config, groups)
         stack.callback(checkpoints.close)
         data = open_run_data(config, groups)
         facts = together(groups, functools.partial(checkpoints.facts, data.vocab_size))
-        settings = together(
-            groups,
-            lambda: ModelSettings.from_config(config.model, config.training, facts),
-        )
+        settings = together(groups, functools.partial(_model_settings, config, facts))
         tensor_parallel = _tensor_parallel(groups)
         loss_function = functools.partial(_loss, tensor_parallel)
         _prepare_random_state(config, groups)
@@ -107,6 +105,12 @@ def train(
             on_loss=on_loss,
         )
         return run(training, _loop_settings(config, data), first_step=step + 1)
+
+
+def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
+    settings = ModelSettings.from_config(config.model, config.training, facts)
+    settings.require_divisible(config.topology.tensor_parallel_size)
+    return settings
 
 
 def _tensor_parallel(groups: ProcessGroups) -> TensorParallel:

@@ -12,3 +12,11 @@ Hidden states are [sequence, batch, hidden] inside the blocks and [batch, sequen
 ends, as in NeoX. Nothing here imports CUDA-only code or reads global process groups: the tensor
 group is an argument.
 """
+
+import warnings
+
+# megatron-core says so four times per rank at its import. It is meant for its own optimizers, which
+# training here never uses, and there is nothing for a user to do about it.
+warnings.filterwarnings(
+    "ignore", message="Transformer Engine and Apex are not installed", module=r"megatron\.core\."
+)
