@@ -185,8 +185,8 @@ def _summarise(config: RunConfig, tokenizer: Any, streams: Streams) -> _Summary:
         )
         if train_iters == 0:
             raise ConfigError(
-                f"train_epochs={training.train_epochs}: the training data ends before the first step, "
-                f"which takes {batch} samples (train_batch_size); use more data, or say in "
+                f"train_epochs={training.train_epochs}: the training data ends before the first "
+                f"step, which takes {batch} samples (train_batch_size); use more data, or say in "
                 "train_iters how many steps to take, over the data as often as needed"
             )
     by_split = {"train": streams.train, "valid": streams.valid, "test": streams.test}
