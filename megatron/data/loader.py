@@ -1,8 +1,12 @@
 """What one data-parallel rank reads, micro batch after micro batch, without end.
 
 Which samples a micro batch holds is arithmetic on a position (`BatchGeometry`), so starting at
-step 143,000 costs what starting at step 1 costs, and nothing of what was read is kept. Threads
-read ahead; the order of micro batches does not depend on how many.
+step 143,000 costs what starting at step 1 costs, and nothing of what was read is kept.
+
+Several micro batches are read at once, a *block*: finding samples is vectorised, and a call per
+micro batch would cost more than the reading. The first block is one micro batch and the next ones
+grow, so that the first comes soon. Threads read blocks ahead; the order of micro batches depends
+neither on them nor on blocks.
 """
 
 from collections import deque
@@ -19,7 +23,8 @@ from megatron.config.batch_geometry import BatchGeometry
 
 __all__ = ["MicroBatchLoader", "SampleReader"]
 
-_READ_AHEAD_PER_WORKER = 2  # micro batches; one being read, one ready
+_BLOCK_SAMPLES = 256  # at most, unless a micro batch has more; 1 MiB at 2048 tokens of 2 bytes
+_BLOCKS_AHEAD_PER_WORKER = 2  # one being read, one ready
 
 
 class SampleReader(Protocol):
@@ -34,7 +39,8 @@ class MicroBatchLoader:
     """An endless iterator over the micro batches of one data-parallel rank.
 
     Yields arrays of shape (micro_batch_size, seq_length + 1) in the dataset's own type. They are
-    the caller's; the loader keeps no reference. No random generator is touched.
+    the caller's; the loader keeps nothing of what it has handed out. No random generator is
+    touched.
 
     Args:
         stream: where samples are read; its ``read`` is called from several threads at once.
@@ -43,6 +49,8 @@ class MicroBatchLoader:
         first_position: stream position of the first sample of the first step, over all ranks.
         num_workers: threads that read ahead; 0 reads when asked.
         first_step: number of the step that begins at ``first_position``, for messages only.
+        stop_position: nothing from here on is read ahead (a run's end, after which reading may
+            be dear); what is asked for is read all the same.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class MicroBatchLoader:
         num_workers: int,
         *,
         first_step: int = 1,
+        stop_position: int | None = None,
     ) -> None:
         if not 0 <= data_parallel_rank < geometry.data_parallel_size:
             raise ValueError(
@@ -69,11 +78,20 @@ class MicroBatchLoader:
         self._data_parallel_rank = data_parallel_rank
         self._first_position = first_position
         self._first_step = first_step
-        self._next_micro_step = 0  # the next one to hand out
+        self._stop_micro_step = (
+            None
+            if stop_position is None
+            else -(-(stop_position - first_position) // geometry.micro_step_size)
+        )
+        self._next_micro_step = 0  # to hand out; micro steps count from first_position on
         self._failure: DatasetError | None = None
         self._closed = False
-        self._pending: deque[Future[NDArray[Any]]] = deque()
-        self._read_ahead = num_workers * _READ_AHEAD_PER_WORKER
+        self._longest_block = max(1, _BLOCK_SAMPLES // geometry.micro_batch_size)
+        self._next_block_length = 1  # micro batches
+        self._block_steps = range(0)  # micro steps of the block being handed out
+        self._block: NDArray[Any] | None = None  # None: read its micro batches one by one
+        self._ahead: deque[tuple[range, Future[NDArray[Any] | None]]] = deque()
+        self._blocks_ahead = num_workers * _BLOCKS_AHEAD_PER_WORKER
         self._executor = (
             ThreadPoolExecutor(num_workers, thread_name_prefix="micro-batch")
             if num_workers
@@ -96,7 +114,7 @@ class MicroBatchLoader:
         if self._closed:
             raise ValueError("this loader is closed")
         try:
-            tokens = self._read_next()
+            tokens = self._micro_batch(self._next_micro_step)
         except Exception as error:  # whatever a stream raises, the place must be added
             self._failure = self._explain(error)
             self.close()
@@ -107,7 +125,8 @@ class MicroBatchLoader:
     def close(self) -> None:
         """Stop reading ahead. Reads in progress finish; their samples are dropped."""
         self._closed = True
-        self._pending.clear()
+        self._block = None
+        self._ahead.clear()
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -122,27 +141,64 @@ class MicroBatchLoader:
     ) -> None:
         self.close()
 
-    def _read_next(self) -> NDArray[Any]:
+    def _micro_batch(self, micro_step: int) -> NDArray[Any]:
+        if micro_step not in self._block_steps:
+            self._block_steps, self._block = self._take_block(micro_step)
+        if self._block is None:
+            return self._read(range(micro_step, micro_step + 1))[0]
+        tokens = self._block[micro_step - self._block_steps.start]
+        if micro_step + 1 == self._block_steps.stop:
+            self._block = None
+        return tokens
+
+    def _take_block(self, micro_step: int) -> tuple[range, NDArray[Any] | None]:
         if self._executor is None:
-            return self._read(self._next_micro_step)
-        while len(self._pending) < self._read_ahead:
-            micro_step = self._next_micro_step + len(self._pending)
-            self._pending.append(self._executor.submit(self._read, micro_step))
-        return self._pending.popleft().result()
+            steps = self._block_from(micro_step)
+            return steps, self._read_block(steps)
+        upcoming = self._ahead[-1][0].stop if self._ahead else micro_step
+        while len(self._ahead) < self._blocks_ahead:
+            if self._ahead and self._is_past_stop(upcoming):
+                break
+            steps = self._block_from(upcoming)
+            self._ahead.append((steps, self._executor.submit(self._read_block, steps)))
+            upcoming = steps.stop
+        steps, block = self._ahead.popleft()
+        return steps, block.result()
 
-    def _read(self, micro_step: int) -> NDArray[Any]:
-        return self._stream.read(self._positions(micro_step))
+    def _block_from(self, micro_step: int) -> range:
+        stop = micro_step + self._next_block_length
+        self._next_block_length = min(2 * self._next_block_length, self._longest_block)
+        if self._stop_micro_step is not None:
+            stop = min(stop, max(self._stop_micro_step, micro_step + 1))
+        return range(micro_step, stop)
 
-    def _positions(self, micro_step: int) -> NDArray[np.int64]:
-        start = self._first_position + self._geometry.first_position(
-            micro_step, self._data_parallel_rank
-        )
-        return np.arange(start, start + self._geometry.micro_batch_size, dtype=np.int64)
+    def _is_past_stop(self, micro_step: int) -> bool:
+        return self._stop_micro_step is not None and micro_step >= self._stop_micro_step
+
+    def _read_block(self, steps: range) -> NDArray[Any] | None:
+        try:
+            return self._read(steps)
+        except Exception:  # noqa: BLE001 - reading one by one tells which micro batch is to blame
+            return None
+
+    def _read(self, steps: range) -> NDArray[Any]:
+        # (micro steps, micro_batch_size, seq_length + 1)
+        samples = self._stream.read(self._positions(steps))
+        return samples.reshape(len(steps), self._geometry.micro_batch_size, -1)
+
+    def _positions(self, steps: range) -> NDArray[np.int64]:
+        starts = [
+            self._first_position
+            + self._geometry.first_position(micro_step, self._data_parallel_rank)
+            for micro_step in steps
+        ]
+        rows = np.arange(self._geometry.micro_batch_size, dtype=np.int64)
+        return (np.array(starts, dtype=np.int64)[:, None] + rows).reshape(-1)
 
     def _explain(self, error: Exception) -> DatasetError:
         micro_step = self._next_micro_step
         step, micro_step_of_step = divmod(micro_step, self._geometry.gradient_accumulation_steps)
-        positions = self._positions(micro_step)
+        positions = self._positions(range(micro_step, micro_step + 1))
         return DatasetError(
             f"step {self._first_step + step}, micro step {micro_step_of_step}, data-parallel rank "
             f"{self._data_parallel_rank}: stream positions {positions[0]}..{positions[-1]} cannot "

@@ -76,35 +76,57 @@ def test_starting_at_a_step_equals_having_run_to_it(geometry, num_steps, first):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
 def test_order_and_type_do_not_depend_on_workers(num_workers):
-    slow_then_fast = NumberedSamples(delay_s=lambda first: 0.01 if first % 4 == 0 else 0.0)
-    geometry = BatchGeometry(2, 1, 1)
+    slow_then_fast = NumberedSamples(delay_s=lambda first: 0.01 if first % 512 == 0 else 0.0)
+    geometry = BatchGeometry(128, 1, 1)
     with MicroBatchLoader(slow_then_fast, geometry, 0, 0, num_workers) as loader:
-        batches = take(loader, 20)
-    assert np.concatenate(batches)[:, 0].tolist() == list(range(40))
+        batches = take(loader, 40)
+    assert np.concatenate(batches)[:, 0].tolist() == list(range(40 * 128))
     assert {batch.dtype for batch in batches} == {np.dtype(np.uint16)}
 
 
-def test_the_first_batch_reads_its_own_samples_only_however_far_it_starts():
+def test_starting_far_in_reads_nothing_of_what_lies_before():
     stream = NumberedSamples()
-    next(MicroBatchLoader(stream, BatchGeometry(8, 128, 1), 5, 143_000 * 1024, 0))
+    first = next(MicroBatchLoader(stream, BatchGeometry(8, 128, 1), 5, 143_000 * 1024, 0))
+    assert np.array_equal(first, NumberedSamples().read(143_000 * 1024 + 40 + np.arange(8)))
     (read,) = stream.read_positions
     assert read.tolist() == list(range(143_000 * 1024 + 40, 143_000 * 1024 + 48))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_handed_out_are_not_kept(num_workers):
-    with MicroBatchLoader(NumberedSamples(), BatchGeometry(2, 1, 1), 0, 0, num_workers) as loader:
-        handed_out = [weakref.ref(next(loader)) for _ in range(50)]
+def test_what_was_handed_out_is_not_kept(num_workers):
+    memory = []
+    with MicroBatchLoader(NumberedSamples(), BatchGeometry(4, 1, 1), 0, 0, num_workers) as loader:
+        for _ in range(63 + 5 * 64):  # blocks of 1, 2, 4, ... 32 and five of 64
+            batch = next(loader)
+            memory.append(weakref.ref(batch if batch.base is None else batch.base))
+        del batch
         gc.collect()
-        assert [batch for batch in handed_out if batch() is not None] == []
+        assert [block for block in memory if block() is not None] == []
 
 
 def test_reading_ahead_is_bounded():
     stream = NumberedSamples()
-    with MicroBatchLoader(stream, BatchGeometry(1, 1, 1), 0, 0, num_workers=2) as loader:
+    with MicroBatchLoader(stream, BatchGeometry(128, 1, 1), 0, 0, num_workers=2) as loader:
         take(loader, 3)
         time.sleep(0.05)
-        assert len(stream.read_positions) <= 3 + 2 * 2
+        assert 3 * 128 < sum(map(len, stream.read_positions)) <= 3 * 128 + 2 * 2 * 256
+
+
+@given(geometries, st.integers(0, 40), st.integers(0, 1000), st.integers(0, 2))
+def test_nothing_past_the_stop_is_read_before_it_is_asked_for(
+    geometry, num_steps, first, num_workers
+):
+    stop = first + num_steps * geometry.global_batch_size
+    stream = NumberedSamples()
+    micro_steps = num_steps * geometry.gradient_accumulation_steps
+    with MicroBatchLoader(stream, geometry, 0, first, num_workers, stop_position=stop) as loader:
+        take(loader, micro_steps)
+    assert max((positions.max() for positions in stream.read_positions), default=-1) < stop
+    with MicroBatchLoader(stream, geometry, 0, first, num_workers, stop_position=stop) as loader:
+        past = take(loader, micro_steps + 2)[-2:]
+    assert [batch[0, 0] for batch in past] == [
+        (stop + step * geometry.micro_step_size) % 65536 for step in range(2)
+    ]
 
 
 def test_no_global_random_generator_is_touched():
