@@ -25,7 +25,9 @@ def require_agreement(problem: str | None, gather: Gather) -> None:
             problems.setdefault(reported, []).append(rank)
     if problems:
         lines = [f"{_ranks(ranks)}: {reported}" for reported, ranks in problems.items()]
-        raise CheckpointError("\n".join(lines))
+        error = CheckpointError("\n".join(lines))
+        error.teller = min(rank for ranks in problems.values() for rank in ranks)
+        raise error
 
 
 def all_or_none(action: Callable[[], T], gather: Gather) -> T:
