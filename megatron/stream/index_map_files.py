@@ -34,7 +34,13 @@ from megatron.stream.index_maps import (
 from megatron.stream.legacy_random import LegacyGenerator
 from megatron.stream.replaced_file import replaced_file
 
-__all__ = ["MapRequest", "build_map_files", "open_map_files", "open_or_build_maps"]
+__all__ = [
+    "MapRequest",
+    "build_map_files",
+    "neox_stems",
+    "open_map_files",
+    "open_or_build_maps",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,29 @@ class MapRequest:
     def paths(self, stem: str) -> dict[str, Path]:
         """Return the files of the three arrays."""
         return {name: Path(f"{stem}_{name}.npy") for name in _MAPS}
+
+
+def neox_stems(
+    prefix: str,
+    name: str,
+    *,
+    num_samples: int | None,
+    seq_length: int,
+    seed: int,
+    allow_chopped: bool,
+) -> tuple[str, str]:
+    """Return the stems under which NeoX's main and v1.0 keep the maps of packed samples.
+
+    Args:
+        prefix: of the dataset.
+        name: ``train``, or ``train_0`` for the first of several datasets, and so on.
+        num_samples: samples asked of this dataset; NeoX writes None for one epoch.
+        seq_length: tokens a sample consumes.
+        seed: the configuration's.
+        allow_chopped: only a part of main's name; packed samples are always chopped.
+    """
+    v1_stem = f"{prefix}_{name}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s"
+    return f"{v1_stem}_packedpi" + ("_ac" if allow_chopped else ""), v1_stem
 
 
 def build_map_files(request: MapRequest) -> None:

@@ -11,6 +11,7 @@ from megatron.stream.blending import Blend, normalised, weights_by_num_documents
 from megatron.stream.index_map_files import (
     MapRequest,
     build_map_files,
+    neox_stems,
     open_map_files,
     open_or_build_maps,
 )
@@ -254,10 +255,14 @@ def _component(
     if num_samples is not None:
         num_epochs = epochs_needed(tokens, settings.seq_length, num_samples)
     shape = PackedShape(documents, tokens, num_epochs, settings.seq_length)
-    v1_stem = (
-        f"{dataset.prefix}_{name}_indexmap_{num_samples}ns_{settings.seq_length}sl_{settings.seed}s"
+    stem, v1_stem = neox_stems(
+        dataset.prefix,
+        name,
+        num_samples=num_samples,
+        seq_length=settings.seq_length,
+        seed=settings.seed,
+        allow_chopped=settings.allow_chopped,
     )
-    stem = f"{v1_stem}_{settings.pack_impl}pi" + ("_ac" if settings.allow_chopped else "")
     request = MapRequest(dataset.index, shape, settings.seed, stem, other_stems=(v1_stem,))
     return _Component(dataset, name, request)
 
