@@ -189,6 +189,11 @@ def _summarise(config: RunConfig, tokenizer: Any, streams: Streams) -> _Summary:
                 f"step, which takes {batch} samples (train_batch_size); use more data, or say in "
                 "train_iters how many steps to take, over the data as often as needed"
             )
+    if config.other.eod_mask_loss and tokenizer.eod is None:
+        raise ConfigError(
+            f"eod_mask_loss: true needs an end-of-document token, but the tokenizer "
+            f"{training.vocab_file} has no <|endoftext|>"
+        )
     by_split = {"train": streams.train, "valid": streams.valid, "test": streams.test}
     return _Summary(
         vocab_size=tokenizer.vocab_size,
