@@ -38,6 +38,8 @@ def with_fused_adam_keys(state: Mapping[str, Any]) -> dict[str, Any]:
         step = _steps_taken(group, states)
         group.setdefault("bias_correction", True)
         group["step"] = step
+        if "betas" in group:
+            group["betas"] = list(group["betas"])
         for index in group["params"]:
             if "step" in states.get(index, {}):
                 states[index]["step"] = step

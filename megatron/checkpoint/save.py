@@ -76,7 +76,11 @@ def save_checkpoint(
     """
     temporary = _begin(settings.directory, iteration, rank, gather)
     try:
-        client_state = {"iteration": iteration, "args": dict(settings.model_arguments)}
+        client_state: dict[str, Any] = {
+            "sparse_tensor_module_names": set(),  # NeoX's DeepSpeed has it, the newer one doesn't
+            "iteration": iteration,
+            "args": dict(settings.model_arguments),
+        }
         if settings.saves_rng:
             client_state.update(capture_rng_states())
         writer = _FileWriter()
