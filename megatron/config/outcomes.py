@@ -26,7 +26,7 @@ def check_launch(config: RunConfig) -> list[str]:
         ConfigError: keys are known but not supported yet, or training lacks something.
     """
     flat = config.flat()
-    problems, notices = _missing_for_training(config), []
+    problems, notices = [*_missing_for_training(config), *_contradictions(config)], []
     for name, entry in keys().items():
         outcome = judge(entry, flat)
         if outcome.kind is OutcomeKind.REFUSED:
@@ -105,6 +105,31 @@ def _missing_for_training(config: RunConfig) -> list[str]:
         problems.append(
             f"{config.say('pipe_parallel_size')} stages can't share {config.say('num_layers')}: "
             "every stage needs a layer"
+        )
+    return problems
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    """Problems that would only show while training runs."""
+    problems = []
+    training = config.training
+    if training.train_iters is not None and training.train_epochs is not None:
+        problems.append(
+            f"{config.say('train_iters')} and {config.say('train_epochs')} both say how long to "
+            "train; keep one"
+        )
+    factor = training.checkpoint_factor
+    if training.save is None or factor is None:
+        return problems
+    if training.checkpoint_scale == "log" and factor <= 1:
+        problems.append(
+            f"{config.say('checkpoint_factor')} must be above 1 with checkpoint_scale log: saves "
+            "are at its powers"
+        )
+    if training.checkpoint_scale == "linear" and factor != int(factor):
+        problems.append(
+            f"{config.say('checkpoint_factor')} must be a whole number of steps with "
+            "checkpoint_scale linear"
         )
     return problems
 

@@ -15,13 +15,30 @@ from megatron.config.declare import (
 
 __all__ = ["DeepspeedConfig"]
 
+_ADAM_PARAMS = {"lr", "betas", "eps"}
+# Said for NeoX's other optimizers, or to choose an implementation; and weight_decay, which has a
+# message of its own.
+_WITHOUT_MEANING_TO_ADAM = {
+    "adam_w_mode",
+    "cuda_aware",
+    "freeze_step",
+    "momentum",
+    "torch_adam",
+    "weight_decay",
+}
+
 
 def _judge_optimizer(value: Any, _keys: Mapping[str, Any]) -> Outcome:
-    """works for type Adam; other types refused."""
+    """works for type Adam; other types refused, and parameters Adam doesn't have."""
     name = str(value.get("type", "")).lower()
-    if name == "adam":
-        return WORKS
-    return refused('use optimizer: {"type": "Adam", ...}, which is AdamW as in NeoX')
+    if name != "adam":
+        return refused('use optimizer: {"type": "Adam", ...}, which is AdamW as in NeoX')
+    unknown = sorted(set(value.get("params") or ()) - _ADAM_PARAMS - _WITHOUT_MEANING_TO_ADAM)
+    if unknown:
+        return refused(
+            f"Adam has no {', '.join(unknown)}; its params are {', '.join(sorted(_ADAM_PARAMS))}"
+        )
+    return WORKS
 
 
 def _judge_zero(value: Any, keys: Mapping[str, Any]) -> Outcome:
