@@ -73,7 +73,8 @@ class RunData:
         batch = self.config.geometry.global_batch_size
         interval = training.eval_interval
         evaluations = consumed_steps // interval if interval else 0
-        train = self._source("train", consumed_steps * batch, stack)
+        end = self.train_iters * batch
+        train = self._source("train", consumed_steps * batch, stack, stop_position=end)
         assert train is not None  # noqa: S101 - open_run_data has checked it
         has_evaluations = training.eval_iters > 0
         valid_position = evaluations * training.eval_iters * batch
@@ -84,7 +85,12 @@ class RunData:
         )
 
     def _source(
-        self, split: str, first_position: int, stack: contextlib.ExitStack
+        self,
+        split: str,
+        first_position: int,
+        stack: contextlib.ExitStack,
+        *,
+        stop_position: int | None = None,
     ) -> MicroBatchSource | None:
         dtype = self.summary.dtypes[split]
         if dtype is None:
@@ -100,6 +106,7 @@ class RunData:
                 first_position,
                 self.config.training.num_workers,
                 first_step=first_position // geometry.global_batch_size + 1,
+                stop_position=stop_position,
             )
         batch_format = BatchFormat(
             micro_batch_size=geometry.micro_batch_size,

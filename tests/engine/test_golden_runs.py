@@ -1,0 +1,34 @@
+"""NeoX's small recorded runs: losses and evaluations, step by step."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.golden_runs import golden_config, golden_run
+from tests.engine.test_neox_runs import evaluations
+from tests.engine.training_runs import run_training
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pp1", "pp0", "z1", "dp2", "noloss", "llama_gqa", "tied_learned", "tp2pp2"],
+)
+def test_fp32_runs(name: str, tmp_path: Path):
+    trained = run_training(golden_config(name, tmp_path), tmp_path)
+    golden = golden_run(name)
+    assert trained.losses == pytest.approx(golden["losses"], rel=1e-5)
+    # tp2pp2 was recorded without evaluations.
+    expected = [
+        value for key, _, value in golden["logged"] if key in ("validation/lm_loss", "test/lm_loss")
+    ]
+    assert bool(expected) == (name != "tp2pp2")
+    if expected:
+        assert evaluations(trained.printed) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16pp1"])
+def test_bfloat16_runs(name: str, tmp_path: Path):
+    trained = run_training(golden_config(name, tmp_path), tmp_path)
+    assert trained.losses == pytest.approx(golden_run(name)["losses"], rel=2e-3)
