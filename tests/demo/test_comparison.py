@@ -6,7 +6,14 @@ from dataclasses import replace
 from rich.console import Console
 
 from megatron.ledger.attempts import StepRecord
-from tools.demo.comparison import Passes, by_step, comparison_table, differences
+from tools.demo.comparison import (
+    Passes,
+    by_step,
+    comparison_table,
+    differences,
+    evaluation_differences,
+    weight_differences,
+)
 
 UNDISTURBED = [
     StepRecord(
@@ -80,3 +87,30 @@ def test_the_table_shows_where_it_was_saved_and_killed():
 def test_the_table_marks_a_difference():
     off = [replace(record, loss=record.loss + 1e-6) for record in UNDISTURBED[20:]]
     assert "DIFFERENT" in rendered(passes(resumed=off))
+
+
+def test_one_byte_of_the_weights_is_a_difference(tmp_path):
+    for name, content in (("a", b"weights"), ("b", b"weighty")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "layer_00-model_00-model_states.pt").write_bytes(content)
+    assert weight_differences(tmp_path / "a", tmp_path / "a") == []
+    (problem,) = weight_differences(tmp_path / "a", tmp_path / "b")
+    assert "b/layer_00-model_00-model_states.pt is not the undisturbed one" in problem
+
+
+def test_checkpoints_without_weights_are_a_difference(tmp_path):
+    assert len(weight_differences(tmp_path, tmp_path)) == 1
+
+
+EVALUATION = " validation results at iteration 60 | lm_loss value: 5.417031E+00 |\n"
+
+
+def test_an_evaluation_with_another_loss_is_a_difference():
+    log = f"samples/sec: 1\n{EVALUATION}"
+    assert evaluation_differences(log, log) == []
+    (problem,) = evaluation_differences(log, log.replace("5.417031", "5.417032"))
+    assert "5.417032E+00" in problem
+
+
+def test_a_resumed_pass_without_evaluations_is_a_difference():
+    assert evaluation_differences(EVALUATION, "") == ["the resumed pass evaluated nothing"]

@@ -1,13 +1,22 @@
 """What three passes over the same run say of its steps, side by side."""
 
+import filecmp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rich.table import Table
 
 from megatron.ledger.attempts import StepRecord
 
-__all__ = ["Passes", "by_step", "comparison_table", "differences"]
+__all__ = [
+    "Passes",
+    "by_step",
+    "comparison_table",
+    "differences",
+    "evaluation_differences",
+    "weight_differences",
+]
 
 # Everything but the clock must repeat.
 _COMPARED = tuple(field.name for field in fields(StepRecord) if field.name != "seconds")
@@ -61,6 +70,31 @@ def _record_differences(name: str, record: StepRecord, reference: StepRecord) ->
         for member in _COMPARED
         if getattr(record, member) != getattr(reference, member)
     ]
+
+
+def weight_differences(undisturbed: Path, resumed: Path) -> list[str]:
+    """Return what differs between the weight files of two checkpoints, byte by byte."""
+    names, others = (
+        sorted(file.name for file in checkpoint.glob("layer_*.pt"))
+        for checkpoint in (undisturbed, resumed)
+    )
+    if not names or names != others:
+        return [f"{undisturbed} and {resumed} hold other layers: {names} and {others}"]
+    _, unequal, unreadable = filecmp.cmpfiles(undisturbed, resumed, names, shallow=False)
+    return [f"{resumed}/{name} is not the undisturbed one" for name in unequal + unreadable]
+
+
+def evaluation_differences(undisturbed: str, resumed: str) -> list[str]:
+    """Return which evaluations in a resumed pass's console log the undisturbed one lacks."""
+    known = _evaluations(undisturbed)
+    found = _evaluations(resumed)
+    if not found:
+        return ["the resumed pass evaluated nothing"]
+    return [f"undisturbed there is no such evaluation: {line}" for line in found - known]
+
+
+def _evaluations(log: str) -> set[str]:
+    return {line.strip() for line in log.splitlines() if " results at " in line}
 
 
 def _span(steps: Sequence[int] | Mapping[int, object] | set[int]) -> str:

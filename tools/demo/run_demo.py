@@ -24,7 +24,14 @@ from rich.markup import escape
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for use without an install
 
 from megatron.ledger.attempts import StepRecord, attempt_files, read_attempt
-from tools.demo.comparison import Passes, by_step, comparison_table, differences
+from tools.demo.comparison import (
+    Passes,
+    by_step,
+    comparison_table,
+    differences,
+    evaluation_differences,
+    weight_differences,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = Path("demo-out")  # relative to ROOT, as the configuration has it
@@ -67,14 +74,22 @@ def main() -> int:
         return 1
     passes = Passes(by_step(undisturbed), by_step(killed), by_step(last_attempt(run)))
     console.print(comparison_table(passes, saved_step=saved_step))
-    problems = differences(passes, train_iters=train_iters, saved_step=saved_step)
+    last = f"global_step{train_iters}"
+    problems = [
+        *differences(passes, train_iters=train_iters, saved_step=saved_step),
+        *evaluation_differences(
+            (OUT / "undisturbed.log").read_text(), (OUT / "resumed.log").read_text()
+        ),
+        *weight_differences(OUT / "undisturbed" / last, run / last),
+    ]
     for problem in problems[:10]:
         console.print(f"[red]{escape(problem)}[/]")
     print_places(run)
     verdict = f"[bold red]NOT exact: {len(problems)} differences[/]"
     if not problems:
         verdict = (
-            f"[bold green]exact[/]: steps {saved_step + 1}..{train_iters} are bit for bit the same"
+            "[bold green]exact[/]: every loss, gradient norm and learning rate, the evaluations "
+            f"and the weights of step {train_iters} are the same to the last bit"
         )
     console.print(f"resume {verdict}; {time.monotonic() - started:.0f} s in all")
     return 1 if problems else 0
@@ -166,6 +181,7 @@ def watch(
             raise DemoError(f"no end after {PASS_TIMEOUT_S:.0f} s, at step {step}")
         records = last_attempt(run) if len(attempt_files(run)) > known_attempts else []
         step = max((record.step for record in records), default=step)
+        console.file.write(f"   step {step}\r" if console.is_terminal else "")
         if kill_after_step is not None and step >= kill_after_step:
             return step
         time.sleep(0.05)
