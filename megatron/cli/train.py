@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from megatron.cli.run_data import RunData, open_run_data
 from megatron.cli.run_reports import build_reporter
@@ -21,9 +20,8 @@ from megatron.engine.deepspeed_config import deepspeed_settings
 from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect, rank_environment
 from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizers import build_optimizer
-from megatron.engine.seeding import rank_seed, seed_rank
+from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
-from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.facts import ModelFacts
@@ -80,7 +78,11 @@ def train(
         settings = together(groups, functools.partial(_model_settings, config, facts))
         tensor_parallel = _tensor_parallel(groups)
         loss_function = functools.partial(_loss, tensor_parallel)
-        _prepare_random_state(config, groups)
+        prepare_random_state(
+            groups,
+            config.other.seed,
+            partition_activations=config.training.partition_activations,
+        )
         module = _build_module(config, groups, settings, tensor_parallel, loss_function)
         checkpoints.load_weights(module, settings, facts)
         engine, gradient_norm = _build_engine(config, groups, module, data.train_iters)
@@ -127,13 +129,6 @@ def _loss(
     return cross_entropy_loss(logits, *labels, tensor_parallel)
 
 
-def _prepare_random_state(config: RunConfig, groups: ProcessGroups) -> None:
-    checkpointing.configure(
-        TensorParallelUnit(groups), partition_activations=config.training.partition_activations
-    )
-    seed_rank(rank_seed(config.other.seed, groups.topology, groups.place))
-
-
 def _build_module(
     config: RunConfig,
     groups: ProcessGroups,
@@ -147,7 +142,7 @@ def _build_module(
         seed=config.other.seed,
         dtype=DTYPES[config.model.precision],
         device=groups.device,
-        dropout_rng=checkpointing.get_cuda_rng_tracker().fork,
+        dropout_rng=tensor_parallel_stream,
     )
     training = config.training
     layout = ModuleSettings(

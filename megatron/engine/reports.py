@@ -111,7 +111,7 @@ class Reporter:
     def start(self, step: int) -> None:
         """Begin reporting; ``step`` is the last one already done."""
         self._interval = _Interval(started=time.perf_counter())
-        if self._is_silent or not sys.stderr.isatty():
+        if self._is_silent or not sys.stdout.isatty():
             return
         self._progress = Progress(
             TextColumn("step"),
@@ -121,7 +121,7 @@ class Reporter:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(),  # stdout: deepy.py gives rank 0 the terminal's
         )
         self._task = self._progress.add_task(
             "train", total=self._train_iters, completed=step, loss="-"

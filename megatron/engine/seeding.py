@@ -1,14 +1,28 @@
 """Random state of a rank at the start of training."""
 
 import random
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from megatron.config.topology import RankCoordinates, Topology
+from megatron.engine.distributed import ProcessGroups
+from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 
-__all__ = ["rank_seed", "seed_rank"]
+__all__ = ["prepare_random_state", "rank_seed", "tensor_parallel_stream"]
+
+
+def prepare_random_state(groups: ProcessGroups, seed: int, *, partition_activations: bool) -> None:
+    """Seed this rank, and tell activation checkpointing its place among the tensor ranks."""
+    checkpointing.configure(TensorParallelUnit(groups), partition_activations=partition_activations)
+    _seed_rank(rank_seed(seed, groups.topology, groups.place))
+
+
+def tensor_parallel_stream() -> AbstractContextManager[None]:
+    """Draw random numbers that differ between tensor ranks while the context is entered."""
+    return checkpointing.get_cuda_rng_tracker().fork()
 
 
 def rank_seed(seed: int, topology: Topology, place: RankCoordinates) -> int:
@@ -22,12 +36,9 @@ def rank_seed(seed: int, topology: Topology, place: RankCoordinates) -> int:
     return seed + 1138 + place.pipeline_stage * topology.tensor_parallel_size
 
 
-def seed_rank(seed: int) -> None:
-    """Seed Python, NumPy, torch and the tensor-parallel dropout stream (seed + 2718 + tensor rank).
-
-    ``checkpointing.configure`` must have been called: it tells the stream its tensor rank.
-    """
+def _seed_rank(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    # The tensor-parallel stream gets seed + 2718 + tensor rank.
     checkpointing.model_parallel_cuda_manual_seed(seed)
