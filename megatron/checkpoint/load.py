@@ -30,7 +30,7 @@ from megatron.checkpoint.engine_optimizer import (
     load_engine_state,
     require_matching_masters,
 )
-from megatron.checkpoint.rng import restore_rng_states
+from megatron.checkpoint.rng import require_rng_states, restore_rng_states
 from megatron.checkpoint.safe_torch import read_torch_file
 from megatron.checkpoint.stored import StoredCheckpoint, model_states_file, zero_file
 from megatron.checkpoint.weights import LayerWeights, copy_weights, read_weights
@@ -165,6 +165,10 @@ def _prepare(
         )
     if restores_optimizer or has_rng:
         metadata = stored.model_states(model_rank(settings))
+    rng_source = None
+    if has_rng:
+        rng_source = str(stored.directory / model_states_file(model_rank(settings)))
+        require_rng_states(metadata, source=rng_source)
     optimizer = None
     if restores_optimizer:
         optimizer, found = _read_optimizer(engine, stored, metadata, settings)
@@ -174,9 +178,7 @@ def _prepare(
         metadata=metadata,
         weights=_read_weights(stored, engine.module, settings) if restores_weights else None,
         optimizer=optimizer,
-        rng_source=(
-            str(stored.directory / model_states_file(model_rank(settings))) if has_rng else None
-        ),
+        rng_source=rng_source,
         notices=tuple(notices),
     )
 
@@ -260,6 +262,8 @@ def _load_scattered(
         )
         stored.optimizer_states(optimizer_name)
         metadata = stored.model_states(model_rank(settings), place.data_parallel_rank)
+        if restores_rng:
+            require_rng_states(metadata, source=str(directory))
         return stored.iteration, metadata
 
     iteration, metadata = all_or_none(prepare, gather)

@@ -12,7 +12,7 @@ from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from megatron.base.errors import CheckpointError
 
-__all__ = ["capture_rng_states", "restore_rng_states"]
+__all__ = ["capture_rng_states", "require_rng_states", "restore_rng_states"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,20 @@ def capture_rng_states() -> dict[str, Any]:
     }
 
 
+def require_rng_states(saved: Mapping[str, Any], *, source: str) -> None:
+    """Check that ``saved``, the content of the file ``source``, holds every state.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    missing = [name for name in _NAMES if name not in saved]
+    if missing:
+        raise CheckpointError(
+            f"{source} holds no {', '.join(missing)} (saved with no_save_rng?); "
+            "set no_load_rng: true to go on with newly seeded random states"
+        )
+
+
 def restore_rng_states(saved: Mapping[str, Any], *, source: str) -> None:
     """Set the states that :func:`capture_rng_states` returned.
 
@@ -48,16 +62,7 @@ def restore_rng_states(saved: Mapping[str, Any], *, source: str) -> None:
     Args:
         saved: what a model-states file holds.
         source: that file, for messages.
-
-    Raises:
-        CheckpointError: a state is missing.
     """
-    missing = [name for name in _NAMES if name not in saved]
-    if missing:
-        raise CheckpointError(
-            f"{source} holds no {', '.join(missing)} (saved with no_save_rng?); "
-            "set no_load_rng: true to go on with newly seeded random states"
-        )
     random.setstate(saved["random_rng_state"])
     np.random.set_state(saved["np_rng_state"])
     torch.set_rng_state(saved["torch_rng_state"].clone())

@@ -10,7 +10,6 @@ from typing import Any
 import deepspeed.ops
 import numpy as np
 import torch
-from deepspeed.runtime.activation_checkpointing import checkpointing
 
 from megatron.checkpoint.load import LoadedState, LoadSettings, load_checkpoint, load_weights
 from megatron.checkpoint.save import SaveSettings, save_checkpoint
@@ -21,8 +20,7 @@ from megatron.engine.assembly import ModuleSettings, build_module, initialize_en
 from megatron.engine.deepspeed_config import deepspeed_settings
 from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect
 from megatron.engine.optimizers import build_optimizer
-from megatron.engine.seeding import rank_seed, seed_rank
-from megatron.engine.tensor_parallel_unit import TensorParallelUnit
+from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
 from megatron.model.loss import cross_entropy_loss
@@ -104,8 +102,7 @@ class TinyRun:
     ) -> None:
         self.settings = settings
         self.groups = _groups(context, settings.topology)
-        checkpointing.configure(TensorParallelUnit(self.groups), partition_activations=False)
-        seed_rank(rank_seed(settings.seed, settings.topology, self.groups.place))
+        prepare_random_state(self.groups, settings.seed, partition_activations=False)
         tensor_parallel = (
             TensorParallel()
             if settings.topology.tensor_parallel_size == 1
@@ -117,7 +114,7 @@ class TinyRun:
             tensor_parallel,
             seed=settings.seed,
             dtype=DTYPES[settings.precision],
-            dropout_rng=checkpointing.get_cuda_rng_tracker().fork,
+            dropout_rng=tensor_parallel_stream,
         )
         self.module = build_module(
             plan,
