@@ -91,15 +91,19 @@ def read_index(path: Path) -> IndexFile:
         )
     if len(header) < _HEADER.size:
         raise DatasetError(
-            f"{path}: truncated: {len(header)} bytes, the header alone has {_HEADER.size}"
+            f"{path}: truncated: {len(header)} bytes, the header alone has {_HEADER.size}; copy or "
+            "build it again"
         )
     _, version, code, num_sizes, num_doc_idx = _HEADER.unpack(header)
     if version != VERSION:
-        raise DatasetError(f"{path}: version {version} of the format; only {VERSION} is known")
+        raise DatasetError(
+            f"{path}: version {version} of the format; only {VERSION} is known: build it again "
+            "with tools/datasets/preprocess_data.py"
+        )
     if code not in DTYPE_CODES:
         raise DatasetError(
             f"{path}: dtype code {code} is unknown; known are {min(DTYPE_CODES)}"
-            f"..{max(DTYPE_CODES)}"
+            f"..{max(DTYPE_CODES)}; the file is damaged: copy or build it again"
         )
     expected = _HEADER.size + 12 * num_sizes + 8 * num_doc_idx
     if size_bytes != expected:
