@@ -9,6 +9,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3 "$$HOME"/.pyenv/versions/3
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+BENCHMARKS := $(wildcard $(addprefix benchmarks/,index_maps.py loader.py step_time.py launch.py))
 # What codespell reads as well as the code.
 PROSE := README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs
 
@@ -60,7 +61,7 @@ docs: $(STAMP) ## regenerate the documents made from code
 	$(BIN)/python tools/dev/gen_config_docs.py
 
 bench: $(STAMP) ## measure against the plain alternatives, one ratio a line
-	for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove what was built; data, runs and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache megatron/stream/*.so $(STAMP)
