@@ -8,6 +8,7 @@ from megatron.base.errors import CheckpointError, MegatronError
 __all__ = ["Gather", "all_or_none", "require_agreement"]
 
 T = TypeVar("T")
+_LISTED = 8  # of the ranks that have one problem
 
 Gather = Callable[[Any], list[Any]]
 """Return the argument of every rank, in rank order, on every rank."""
@@ -53,4 +54,7 @@ def all_or_none(action: Callable[[], T], gather: Gather) -> T:
 def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    return "ranks " + ", ".join(str(rank) for rank in ranks)
+    more = len(ranks) - _LISTED
+    return (
+        "ranks " + ", ".join(map(str, ranks[:_LISTED])) + (f" and {more} more" if more > 0 else "")
+    )

@@ -107,9 +107,8 @@ def load_checkpoint(
         restores_rng: also restore the random states, where the topology is the writer's.
 
     Raises:
-        CheckpointError: anything is missing, damaged or doesn't fit, on any rank; nothing has
-            been changed then on any of them.
-        ConfigError: the learning-rate schedule is another one.
+        CheckpointError: anything is missing, damaged or doesn't fit, on any rank, or the
+            learning-rate schedule is another one; nothing has been changed then on any of them.
     """
     if restores_optimizer and _is_scattered(engine):
         return _load_scattered(engine, directory, settings, gather, restores_rng)
@@ -126,7 +125,8 @@ def load_checkpoint(
         gather,
     )
     if prepared.optimizer is not None:
-        engine.lr_scheduler.load_state_dict(prepared.metadata["lr_scheduler"])
+        schedule = prepared.metadata["lr_scheduler"]
+        all_or_none(lambda: engine.lr_scheduler.load_state_dict(schedule), gather)
     if prepared.weights is not None:
         copy_weights(engine.module, prepared.weights)
     if prepared.optimizer is not None:

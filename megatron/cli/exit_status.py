@@ -33,5 +33,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 def _describe(error: MegatronError) -> str:
     rank = os.environ.get("RANK")
-    where = f"rank {rank}: " if rank is not None else ""
+    # a checkpoint's problem names the ranks that have it
+    is_named = rank is None or str(error).startswith(("rank ", "ranks "))
+    where = "" if is_named else f"rank {rank}: "
     return f"{where}{type(error).__name__}: {error}"
