@@ -32,7 +32,7 @@ from megatron.model.settings import ModelSettings
 from megatron.optim.param_groups import weight_decay_groups
 from megatron.optim.schedules import LearningRateScheduler, ScheduleSettings
 
-__all__ = ["DTYPES", "main", "train"]
+__all__ = ["DTYPES", "PreparedTraining", "main", "prepare", "train"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,48 +65,65 @@ def train(
     Raises:
         MegatronError: before anything is built, if data, checkpoint and configuration don't fit.
     """
-    groups = connect(
-        environment,
-        config.topology,
-        backend=config.other.distributed_backend,
-    )
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints.open(config, groups)
-        stack.callback(checkpoints.close)
-        data = open_run_data(config, groups)
-        facts = together(groups, functools.partial(checkpoints.facts, data.vocab_size))
-        settings = together(groups, functools.partial(_model_settings, config, facts))
-        tensor_parallel = _tensor_parallel(groups)
-        loss_function = functools.partial(_loss, tensor_parallel)
-        prepare_random_state(
-            groups,
-            config.other.seed,
-            partition_activations=config.training.partition_activations,
-        )
-        module = _build_module(config, groups, settings, tensor_parallel, loss_function)
-        checkpoints.load_weights(module, settings, facts)
-        engine, gradient_norm = _build_engine(config, groups, module, data.train_iters)
-        step = checkpoints.load_state(engine, settings, facts)
-        reporter = build_reporter(config, groups, facts, data.train_iters)
-        stack.callback(reporter.close)
-        log = _open_attempt_log(config, groups)
-        if log is not None:
-            stack.callback(log.close)
-        sources = data.open_sources(stack, consumed_steps=step)
-        training = Training(
-            engine=engine,
-            groups=groups,
-            loss_function=loss_function,
-            train_batches=sources.train,
-            valid_batches=sources.valid,
-            test_batches=sources.test,
-            gradient_norm=gradient_norm,
-            reporter=reporter,
-            log=log,
-            save=checkpoints.saver(engine, facts, log),
-            on_loss=on_loss,
-        )
-        return run(training, _loop_settings(config, data), first_step=step + 1)
+        ready = prepare(config, environment, stack, on_loss=on_loss)
+        return run(ready.training, ready.settings, first_step=ready.first_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTraining:
+    """A training that has loaded what it goes on from, and not taken a step yet."""
+
+    training: Training
+    settings: LoopSettings
+    first_step: int
+
+
+def prepare(
+    config: RunConfig,
+    environment: RankEnvironment,
+    stack: contextlib.ExitStack,
+    *,
+    on_loss: Callable[[float], None] = lambda loss: None,
+) -> PreparedTraining:
+    """Connect, open data, build the model, load; what must be closed is put on ``stack``."""
+    groups = connect(environment, config.topology, backend=config.other.distributed_backend)
+    checkpoints = Checkpoints.open(config, groups)
+    stack.callback(checkpoints.close)
+    data = open_run_data(config, groups)
+    facts = together(groups, functools.partial(checkpoints.facts, data.vocab_size))
+    settings = together(groups, functools.partial(_model_settings, config, facts))
+    tensor_parallel = _tensor_parallel(groups)
+    loss_function = functools.partial(_loss, tensor_parallel)
+    prepare_random_state(
+        groups,
+        config.other.seed,
+        partition_activations=config.training.partition_activations,
+    )
+    module = _build_module(config, groups, settings, tensor_parallel, loss_function)
+    checkpoints.load_weights(module, settings, facts)
+    engine, gradient_norm = _build_engine(config, groups, module, data.train_iters)
+    step = checkpoints.load_state(engine, settings, facts)
+    reporter = build_reporter(config, groups, facts, data.train_iters)
+    stack.callback(reporter.close)
+    log = _open_attempt_log(config, groups)
+    if log is not None:
+        stack.callback(log.close)
+    sources = data.open_sources(stack, consumed_steps=step)
+    training = Training(
+        engine=engine,
+        groups=groups,
+        loss_function=loss_function,
+        train_batches=sources.train,
+        valid_batches=sources.valid,
+        test_batches=sources.test,
+        gradient_norm=gradient_norm,
+        reporter=reporter,
+        log=log,
+        save=checkpoints.saver(engine, facts, log),
+        on_loss=on_loss,
+    )
+    return PreparedTraining(training, _loop_settings(config, data), first_step=step + 1)
 
 
 def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
