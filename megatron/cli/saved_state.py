@@ -1,5 +1,6 @@
 """What a run loads at its start, and how it saves."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,9 +50,13 @@ class Checkpoints:
             if save is not None:
                 _make_directory(save)
                 lock = SaveLock.acquire(save, now=time.time())
-            source = choose_checkpoint(
-                load, save, iteration=config.other.iteration, finetune=training.finetune
-            )
+            with contextlib.ExitStack() as on_failure:
+                if lock is not None:
+                    on_failure.callback(lock.release)
+                source = choose_checkpoint(
+                    load, save, iteration=config.other.iteration, finetune=training.finetune
+                )
+                on_failure.pop_all()
             return source, lock
 
         source, lock = together(groups, decide)
