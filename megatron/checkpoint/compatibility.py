@@ -10,6 +10,7 @@ from megatron.config.topology import Topology
 from megatron.model.settings import ModelSettings
 
 __all__ = [
+    "MODEL_ARGUMENTS",
     "WEIGHTS_ALONE",
     "LoadSettings",
     "model_rank",
@@ -19,6 +20,17 @@ __all__ = [
     "topology_difference",
 ]
 
+# The keys NeoX stores as `args`, and compares one by one when it loads.
+MODEL_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+    "tokenizer_type",
+    "model_parallel_size",
+)
 WEIGHTS_ALONE = (
     "to load the weights alone set no_load_optim: true (go on from this step) or finetune: true "
     "(a new run)"
@@ -36,6 +48,7 @@ class LoadSettings:
 
 
 def model_rank(settings: LoadSettings) -> int:
+    """Return XX of this rank's ``mp_rank_XX`` files."""
     return settings.topology.model_file_rank(settings.topology.coordinates(settings.rank))
 
 
@@ -66,6 +79,11 @@ def topology_difference(stored: StoredCheckpoint, topology: Topology) -> str | N
 
 
 def require_resumable(stored: StoredCheckpoint, difference: str | None) -> None:
+    """Refuse to restore optimizer state when the topologies differ.
+
+    Raises:
+        CheckpointError: ``difference`` is not None.
+    """
     if difference is None:
         return
     reason = ""
@@ -77,6 +95,11 @@ def require_resumable(stored: StoredCheckpoint, difference: str | None) -> None:
 def require_same_arguments(
     stored: StoredCheckpoint, settings: LoadSettings, *, but: tuple[str, ...] = ()
 ) -> None:
+    """Compare what NeoX compares, except the keys in ``but``.
+
+    Raises:
+        CheckpointError: names every key with both values.
+    """
     different = [
         f"{key} is {value!r} in the checkpoint and {settings.model_arguments[key]!r} here"
         for key, value in stored.model_arguments.items()
@@ -92,7 +115,11 @@ def require_same_arguments(
 
 
 def require_same_parameters(engine: Any, metadata: Mapping[str, Any], *, source: str) -> None:
-    """Check names, order and shapes of the parameters in ZeRO's flat vectors."""
+    """Check names, order and shapes of the parameters in ZeRO's flat vectors.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
     stored = metadata.get("param_shapes")
     if stored is None:
         return

@@ -19,14 +19,27 @@ _NEEDED_OF_ZERO = {"base_optimizer_state", "single_partition_of_fp32_groups", "d
 
 
 def is_partitioned(engine: Any) -> bool:
-    # ZeRO's optimizers, and the bf16 one, which keeps its state in files of its own at any stage.
+    """Whether each data-parallel rank has a file with its part of the optimizer state.
+
+    That is so for ZeRO, and for the bf16 optimizer at any stage.
+    """
     return hasattr(engine.optimizer, "dp_process_group")
 
 
 def adapt_engine_state(
     engine: Any, state: Mapping[str, Any], *, gradient_multiple: int, source: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Adapt the state of a DeepSpeed optimizer, and of the torch optimizer inside it."""
+    """Return a stored optimizer state as ``engine.optimizer`` loads it, and notices for the user.
+
+    Args:
+        engine: DeepSpeed's.
+        state: as DeepSpeed's optimizer saved it, with that of torch's inside.
+        gradient_multiple: the writer's moments are those of gradients this many times ours.
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: it belongs to another kind of optimizer, or to other parameters.
+    """
     live = engine.optimizer
     is_plain = live is engine.basic_optimizer
     inner = "base_optimizer_state" if is_partitioned(engine) else "optimizer_state_dict"
@@ -58,6 +71,7 @@ def adapt_engine_state(
 
 
 def load_engine_state(engine: Any, state: dict[str, Any], settings: LoadSettings) -> None:
+    """Load what :func:`adapt_engine_state` returned."""
     if not is_partitioned(engine):
         engine.optimizer.load_state_dict(state)
         return
@@ -71,10 +85,14 @@ def load_engine_state(engine: Any, state: dict[str, Any], settings: LoadSettings
 
 
 def require_matching_masters(engine: Any, directory: Path) -> None:
-    """Check that the weights are the optimizer's fp32 copies, rounded: both are of one save."""
+    """Check that the loaded weights are the optimizer's fp32 copies, rounded.
+
+    Raises:
+        CheckpointError: they are not, so that the files come from different saves.
+    """
     for weights, masters in _weights_and_masters(engine.optimizer):
         rounded = masters.detach().to(device=weights.device, dtype=weights.dtype)
-        if not torch.equal(rounded, weights.detach()):
+        if not torch.allclose(rounded, weights.detach(), rtol=0, atol=0, equal_nan=True):
             raise CheckpointError(
                 f"{directory}: weights and the optimizer's copies of them differ, so its layer "
                 "files and optimizer files come from different saves; load another checkpoint, or "
@@ -83,32 +101,23 @@ def require_matching_masters(engine: Any, directory: Path) -> None:
 
 
 def _weights_and_masters(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the weights and fp32 copies that this rank updates; fp32 without ZeRO has no copies."""
     if hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO 1 and 2
-        groups = zip(
+        weights, masters = (
             optimizer.parallel_partitioned_bit16_groups,
             optimizer.single_partition_of_fp32_groups,
-            optimizer.real_dp_process_group,
-            strict=True,
         )
     elif hasattr(optimizer, "bf16_partitioned_groups"):
-        groups = zip(
-            optimizer.bf16_partitioned_groups,
-            optimizer.fp32_groups_flat_partition,
-            optimizer.real_dp_process_group,
-            strict=True,
-        )
-    else:  # without ZeRO: fp16 with and without flat copies; fp32 has none
-        for name in ("groups_flat", "groups"):
-            if hasattr(optimizer, f"fp16_{name}") and hasattr(optimizer, f"fp32_{name}"):
-                halves, fulls = (
-                    getattr(optimizer, f"fp16_{name}"),
-                    getattr(optimizer, f"fp32_{name}"),
-                )
-                for half, full in zip(halves, fulls, strict=True):
-                    yield from (
-                        [(half, full)] if torch.is_tensor(half) else zip(half, full, strict=True)
-                    )
-                return
+        weights, masters = optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition
+    elif hasattr(optimizer, "fp32_groups_flat"):  # fp16 with NVIDIA's fused optimizer
+        yield from zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True)
         return
-    for partitions, masters, group in groups:
-        yield partitions[torch.distributed.get_rank(group=group)], masters
+    elif hasattr(optimizer, "fp32_groups"):  # fp16 with torch's
+        for halves, fulls in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(halves, fulls, strict=True)
+        return
+    else:
+        return
+    groups = optimizer.real_dp_process_group
+    for partitions, master, group in zip(weights, masters, groups, strict=True):
+        yield partitions[torch.distributed.get_rank(group=group)], master

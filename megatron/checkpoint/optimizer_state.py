@@ -81,9 +81,11 @@ def adapt_optimizer_state(
         if "bias_correction" in live:  # apex's FusedAdam counts in the group, from its first step
             group["step"] = step
         groups.append(group)
-        for index in old["params"]:
+        for index, parameter in zip(old["params"], live["params"], strict=True):
             if index in saved["state"]:
-                states[index] = _adapted_entry(saved["state"][index], step, gradient_multiple)
+                entry = saved["state"][index]
+                _require_same_size(entry, parameter, source)
+                states[index] = _adapted_entry(entry, step, gradient_multiple)
     return AdaptedState({"state": states, "param_groups": groups}, tuple(notices))
 
 
@@ -122,6 +124,15 @@ def _require_same_groups(
             "(did weight_decay change to or from 0?). To load the weights alone set "
             "no_load_optim: true"
         )
+
+
+def _require_same_size(entry: Mapping[str, Any], parameter: torch.Tensor, source: str) -> None:
+    for name, value in entry.items():
+        if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"{source}: the optimizer's {name} has shape {tuple(value.shape)}, this rank's "
+                f"part has {tuple(parameter.shape)}: the file belongs to another model or rank"
+            )
 
 
 def _changed_settings(old: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:

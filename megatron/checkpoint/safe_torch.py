@@ -69,9 +69,11 @@ def read_torch_file(path: Path) -> Any:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) cannot be read; it is truncated, damaged, or not a checkpoint "
-            f"file: {_first_line(error)}"
+            f"file: {_first_sentence(error)}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _first_sentence(error: BaseException) -> str:
+    # torch goes on for a paragraph about what may have happened
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.partition(". ")[0][:300]

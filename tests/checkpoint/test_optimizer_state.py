@@ -100,6 +100,14 @@ def test_other_groups_are_refused():
         adapted([neox_state()], adamw())
 
 
+def test_state_of_another_size_is_refused():
+    live = adamw()
+    saved = neox_state()
+    saved["state"][1]["exp_avg_sq"] = torch.zeros(5)
+    with pytest.raises(CheckpointError, match=r"optim\.pt: .*exp_avg_sq has shape \(5,\), this"):
+        adapted(saved, live)
+
+
 def test_written_state_has_the_steps_where_each_fused_adam_looks():
     live = adamw()
     for parameter in live.param_groups[0]["params"]:

@@ -1,0 +1,110 @@
+"""NeoX's names for saving and loading, for scripts written for it.
+
+The work is in ``megatron.checkpoint``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron.base.errors import ConfigError
+from megatron.checkpoint.agreement import all_or_none
+from megatron.checkpoint.compatibility import MODEL_ARGUMENTS
+from megatron.checkpoint.load import LoadSettings
+from megatron.checkpoint.load import load_checkpoint as restore
+from megatron.checkpoint.stored import read_model_facts
+from megatron.config.run_config import RunConfig
+from megatron.ledger.run_directory import choose_checkpoint
+from megatron.model.settings import ModelSettings
+from megatron.neox_arguments import NeoXArgs
+from megatron.training import _prepared
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(
+    neox_args: NeoXArgs, iteration: int, model: Any, optimizer: Any, lr_scheduler: Any
+) -> None:
+    """Save ``model`` as the checkpoint of ``iteration`` in ``neox_args.save``.
+
+    Args:
+        neox_args: the configuration the model was set up with.
+        iteration: steps trained so far.
+        model: the engine of :func:`megatron.training.setup_model_and_optimizer`.
+        optimizer: the engine's; saved with it.
+        lr_scheduler: the engine's; saved with it.
+
+    Raises:
+        ConfigError: the model was set up without ``save``.
+        CheckpointError: the checkpoint could not be completed.
+    """
+    save = _prepared[id(model)].training.save
+    if save is None:
+        raise ConfigError("save is not set; name the directory that checkpoints go to")
+    save(iteration)
+
+
+def load_checkpoint(
+    neox_args: NeoXArgs,
+    model: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    inference: bool = False,
+    iteration: int | None = None,
+) -> int:
+    """Load into ``model`` what ``neox_args.load`` names and return its iteration, 0 if none is due.
+
+    Args:
+        neox_args: the configuration, with ``load``, ``finetune``, ``no_load_optim``, ….
+        model: an engine of the same configuration.
+        optimizer: the engine's; restored with it.
+        lr_scheduler: the engine's; restored with it.
+        inference: load the weights alone.
+        iteration: load this step instead of the newest.
+
+    Raises:
+        CheckpointError: what was asked for cannot be loaded; never a silent start at 0.
+    """
+    config = neox_args.to_run_config()
+    training = config.training
+    source = all_or_none(lambda: _choose(config, iteration), _gather)
+    if source is None:
+        return 0
+    weights_alone = inference or training.finetune or training.no_load_optim
+    state = restore(
+        model,
+        source,
+        _load_settings(config, source),
+        gather=_gather,
+        restores_optimizer=not weights_alone,
+        restores_rng=not (inference or training.finetune or training.no_load_rng),
+    )
+    return 0 if training.finetune else state.iteration
+
+
+def _choose(config: RunConfig, iteration: int | None) -> Path | None:
+    training = config.training
+    return choose_checkpoint(
+        Path(training.load) if training.load else None,
+        Path(training.save) if training.save else None,
+        iteration=config.other.iteration if iteration is None else iteration,
+        finetune=training.finetune,
+    )
+
+
+def _load_settings(config: RunConfig, source: Path) -> LoadSettings:
+    facts = read_model_facts(source, gpt_j_residual=config.model.gpt_j_residual).model
+    current = {name: config.get(name) for name in MODEL_ARGUMENTS}
+    return LoadSettings(
+        model=ModelSettings.from_config(config.model, config.training, facts),
+        model_arguments=current | {"padded_vocab_size": facts.padded_vocab_size},
+        topology=config.topology,
+        rank=torch.distributed.get_rank(),
+    )
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
