@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.base.errors import ConfigError
 from megatron.config.load import RunConfig
 from megatron.data.loader import MicroBatchLoader
 from megatron.data.tokenizers import build_tokenizer
+from megatron.data.vocabulary_check import VocabularyCheck
 from megatron.engine.agreement import together
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.steps import BatchFormat, MicroBatchSource
@@ -63,33 +65,42 @@ class RunData:
         """Steps of the whole run."""
         return self.summary.train_iters
 
-    def open_sources(self, stack: contextlib.ExitStack, *, consumed_steps: int) -> Sources:
+    def open_sources(
+        self, stack: contextlib.ExitStack, *, consumed_steps: int, vocabulary_rows: int
+    ) -> Sources:
         """Return the sources of a run that has taken ``consumed_steps`` steps already.
 
         Every evaluation consumes eval_iters global batches, and the one due at a step counts as
         done with it.
+
+        Args:
+            stack: what must be closed is put on it.
+            consumed_steps: steps done.
+            vocabulary_rows: token ids must be below this (padded) number.
         """
+        source = functools.partial(self._source, stack=stack, vocabulary_rows=vocabulary_rows)
         training = self.config.training
         batch = self.config.geometry.global_batch_size
         interval = training.eval_interval
         evaluations = consumed_steps // interval if interval else 0
         end = self.train_iters * batch
-        train = self._source("train", consumed_steps * batch, stack, stop_position=end)
+        train = source("train", consumed_steps * batch, stop_position=end)
         assert train is not None  # noqa: S101 - open_run_data has checked it
         has_evaluations = training.eval_iters > 0
         valid_position = evaluations * training.eval_iters * batch
         return Sources(
             train=train,
-            valid=self._source("valid", valid_position, stack) if has_evaluations else None,
-            test=self._source("test", 0, stack) if has_evaluations else None,
+            valid=source("valid", valid_position) if has_evaluations else None,
+            test=source("test", 0) if has_evaluations else None,
         )
 
     def _source(
         self,
         split: str,
         first_position: int,
-        stack: contextlib.ExitStack,
         *,
+        stack: contextlib.ExitStack,
+        vocabulary_rows: int,
         stop_position: int | None = None,
     ) -> MicroBatchSource | None:
         dtype = self.summary.dtypes[split]
@@ -99,8 +110,9 @@ class RunData:
         loader = None
         geometry = self.config.geometry
         if stream is not None:
+            name = self.config.training.data_path or f"{split} data"
             loader = MicroBatchLoader(
-                stream,
+                VocabularyCheck(stream, vocabulary_rows, source=name),
                 geometry,
                 self.groups.place.data_parallel_rank,
                 first_position,

@@ -109,7 +109,7 @@ def prepare(
     log = _open_attempt_log(config, groups)
     if log is not None:
         stack.callback(log.close)
-    sources = data.open_sources(stack, consumed_steps=step)
+    sources = data.open_sources(stack, consumed_steps=step, vocabulary_rows=facts.padded_vocab_size)
     training = Training(
         engine=engine,
         groups=groups,
