@@ -1,23 +1,40 @@
-"""``<save>/attempts/NNNN.jsonl``: one line per finished step of one launch.
+"""``<save>/attempts/NNNN.jsonl``: one line per finished step and evaluation of one launch.
 
 A new launch (a requeue, a resume, a roll-back) is a new attempt with the next number. Lines are
-only ever appended.
+only ever appended. What is known of the launch itself is beside it, in ``NNNN.json``
+(``attempt_facts.py``).
 """
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, NamedTuple
 
 from megatron.base.errors import RunDirectoryError
+from megatron.ledger.chain import chained_line, split_line
 
-__all__ = ["AttemptLog", "StepRecord", "attempt_files", "read_attempt"]
+__all__ = [
+    "AttemptLog",
+    "EvaluationRecord",
+    "Line",
+    "Record",
+    "StepRecord",
+    "attempt_files",
+    "attempt_lines_path",
+    "attempt_number",
+    "decode_line",
+    "encode_record",
+    "next_attempt_number",
+    "read_attempt",
+    "read_lines",
+]
 
-_NAME = re.compile(r"(\d{4,})\.jsonl")
+_NAME = re.compile(r"(\d{4,})\.jsonl?")
 
 
 @dataclass(frozen=True)
@@ -32,70 +49,146 @@ class StepRecord:
     grad_norm: float | None  # global L2 norm before clipping; None if it isn't finite or known
     skipped: bool  # samples consumed, weights unchanged: the fp16 loss scale overflowed
     seconds: float  # wall time of the step
+    digest: str | None = None  # of the samples really read; None: not reduced over the ranks yet
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """What one evaluation consumed and gave."""
+
+    stream: str  # "valid" or "test"
+    after_step: int
+    position: int  # position, in its own stream, of the first sample
+    samples: int
+    digest: str
+    loss: float  # may be NaN
+    at_end: bool = False  # made after the loop: the next evaluation reads from ``position`` again
+
+
+Record = StepRecord | EvaluationRecord
+
+
+class Line(NamedTuple):
+    """One line of an attempt file."""
+
+    number: int  # from 1
+    record: Record
+    body: bytes  # what the chain covers
+    chain: str | None  # None: written by a release without chains
 
 
 def attempt_files(save: Path) -> list[Path]:
-    """Return the attempt files of a run directory, oldest first."""
-    directory = save / "attempts"
-    if not directory.is_dir():
-        return []
-    numbered = [
-        (match, path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered)]
+    """Return the files with the lines of a run directory's attempts, oldest first."""
+    return [path for path in _numbered_files(save) if path.suffix == ".jsonl"]
+
+
+def attempt_number(path: Path) -> int:
+    """Return NNNN of ``attempts/NNNN.jsonl``."""
+    return int(path.stem)
+
+
+def attempt_lines_path(save: Path, number: int) -> Path:
+    """Return where the lines of an attempt are or would be."""
+    return save / "attempts" / f"{number:04d}.jsonl"
+
+
+def next_attempt_number(save: Path) -> int:
+    """Return the number after all that are taken, by lines or by facts."""
+    return max((attempt_number(path) for path in _numbered_files(save)), default=0) + 1
 
 
 def read_attempt(path: Path) -> Iterator[StepRecord]:
-    """Yield the records of one attempt. A torn last line (the process was killed) is left out.
+    """Yield the steps of one attempt. A torn last line (the process was killed) is left out.
 
     Raises:
         RunDirectoryError: a line before the last one is not a record.
     """
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    for line in read_lines(path):
+        if isinstance(line.record, StepRecord):
+            yield line.record
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield every line of one attempt; its chain is not checked.
+
+    A last line without a newline that is no record was torn, or is being written: it is left out.
+
+    Raises:
+        RunDirectoryError: any other line is not a record.
+    """
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        if not text and number == len(texts):
+            return
         try:
-            yield _decode(line)
+            yield decode_line(text, number)
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # no newline behind it: never finished
+            if number == len(texts):
                 return
             raise RunDirectoryError(
-                f"{path}:{number}: not a step record ({error}); the file was changed or damaged"
+                f"{path}:{number}: not a record ({error}); the file was changed or damaged"
             ) from error
 
 
-def _encode(record: StepRecord) -> str:
+def encode_record(record: Record) -> bytes:
+    """Return a record as a JSON object, as the chain covers it."""
     # JSON has no infinity and no NaN: an overflow's norm, a diverged loss are null.
-    values = asdict(record)
-    for name in ("loss", "grad_norm"):
-        if values[name] is not None and not math.isfinite(values[name]):
-            values[name] = None
-    return json.dumps(values, allow_nan=False)
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(record).items()
+    }
+    if isinstance(record, StepRecord):
+        digest = values.pop("digest")
+        if digest is not None:
+            first = {name: values.pop(name) for name in ("step", "position", "samples")}
+            values = {**first, "digest": digest, **values}
+    return json.dumps(values, allow_nan=False).encode()
 
 
-def _decode(line: bytes) -> StepRecord:
-    values = json.loads(line)
+def decode_line(text: bytes, number: int = 1) -> Line:
+    """Return a line that :func:`encode_record` and :mod:`megatron.ledger.chain` made.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no record.
+    """
+    values: dict[str, Any] = json.loads(text)
     if values["loss"] is None:
         values["loss"] = math.nan
-    return StepRecord(**values)
+    body, chain = split_line(text)
+    values.pop("chain", None)
+    record = EvaluationRecord(**values) if "stream" in values else StepRecord(**values)
+    return Line(number, record, body, chain)
 
 
 class AttemptLog:
-    """Appends the records of this launch to a new attempt file."""
+    """Appends lines to a new attempt file.
 
-    def __init__(self, save: Path) -> None:
-        directory = save / "attempts"
-        directory.mkdir(parents=True, exist_ok=True)
-        known = attempt_files(save)
-        self.number = int(_NAME.fullmatch(known[-1].name)[1]) + 1 if known else 1  # type: ignore[index]
-        self.path = directory / f"{self.number:04d}.jsonl"
-        self._file: IO[str] = self.path.open("x", encoding="utf-8")
+    Args:
+        save: the run directory.
+        number: of the attempt, the next free one if None.
+    """
+
+    def __init__(self, save: Path, number: int | None = None) -> None:
+        self.number = next_attempt_number(save) if number is None else number
+        self.path = attempt_lines_path(save, self.number)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("xb", buffering=0)
 
     def append(self, record: StepRecord) -> None:
-        """Write one line; it survives a kill of this process, not yet a crash of the machine."""
-        self._file.write(_encode(record) + "\n")
-        self._file.flush()
+        """Write one line without a chain.
+
+        It survives a kill of this process, not yet a crash of the machine.
+        """
+        self._write(encode_record(record) + b"\n")
+
+    def append_chained(self, records: Iterable[Record], previous: str) -> str:
+        """Write lines that continue from chain ``previous``, all at once; return the new head."""
+        lines = []
+        for record in records:
+            line, previous = chained_line(previous, encode_record(record))
+            lines.append(line + b"\n")
+        self._write(b"".join(lines))
+        return previous
 
     def sync(self) -> None:
         """Make everything appended so far durable; called before a checkpoint is published."""
@@ -105,3 +198,22 @@ class AttemptLog:
         """Sync and close the file."""
         self.sync()
         self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        start = self._file.tell()
+        try:
+            while data:  # an unbuffered write may take only a part
+                data = data[self._file.write(data) :]
+        except OSError:  # the disk is full: whoever goes on must not write behind half a line
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+                self._file.seek(start)
+            raise
+
+
+def _numbered_files(save: Path) -> list[Path]:
+    directory = save / "attempts"
+    if not directory.is_dir():
+        return []
+    named = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: (attempt_number(path), path.suffix))

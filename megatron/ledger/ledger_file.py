@@ -34,6 +34,7 @@ __all__ = [
     "TokenizerIdentity",
     "ledger_from_json",
     "ledger_to_json",
+    "parent_from_json",
     "read_ledger",
     "write_ledger",
 ]
@@ -295,13 +296,20 @@ def ledger_from_json(values: Mapping[str, Any]) -> Ledger:
         if tokenizer is None
         else TokenizerIdentity(type=tokenizer["type"], files=tuple(tokenizer["files"])),
         datasets={name: DatasetNote(**one) for name, one in values["datasets"].items()},
-        parent=_parent(values["parent"]),
+        parent=parent_from_json(values["parent"]),
         instructions=tuple(_obeyed(one) for one in values["instructions"]),
         adopted=None
         if adopted is None
         else Adoption(**{**adopted, "assumed": tuple(adopted["assumed"])}),
         accepted=tuple(_accepted(one) for one in values["accepted"]),
     )
+
+
+def parent_from_json(values: Mapping[str, Any] | None) -> Parent | None:
+    """Return the parent that ``dataclasses.asdict`` made plain."""
+    if values is None:
+        return None
+    return Parent(**{**values, "parent": parent_from_json(values["parent"])})
 
 
 def _or_none(value: Any) -> dict[str, Any] | None:
@@ -319,12 +327,6 @@ def _stream(values: Mapping[str, Any]) -> StreamState:
 def _span(values: Mapping[str, Any]) -> Span:
     geometry = values["geometry"]
     return Span(**{**values, "geometry": None if geometry is None else BatchGeometry(**geometry)})
-
-
-def _parent(values: Mapping[str, Any] | None) -> Parent | None:
-    if values is None:
-        return None
-    return Parent(**{**values, "parent": _parent(values["parent"])})
 
 
 def _obeyed(values: Mapping[str, Any]) -> ObeyedInstruction:
