@@ -21,6 +21,7 @@ from megatron.ledger.instructions import InstructedAttempt, Instruction
 from megatron.ledger.ledger_file import FORMAT, Ledger, ledger_from_json, ledger_to_json
 
 __all__ = [
+    "RESET",
     "AttemptFacts",
     "CommittedCheckpoint",
     "LoadedCheckpoint",
@@ -33,6 +34,9 @@ __all__ = [
     "read_attempt_facts",
     "write_attempt_facts",
 ]
+
+RESET = "!"
+"""Stands between what acts on numbers and the attempt that began without its full state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,16 @@ class AttemptFacts:
     obeyed: bool = False
     committed: tuple[CommittedCheckpoint, ...] = ()  # oldest first
     stop: Stop | None = None
+
+    @property
+    def span_numerics(self) -> str:
+        """What the lineage notes of the numbers in this attempt's steps.
+
+        A state that wasn't restored makes them unlike those of any other attempt.
+        """
+        if self.restores_numbers or self.begin.step == 0:
+            return self.numerics
+        return f"{self.numerics}{RESET}{self.run_id}/{self.number}"
 
 
 def attempt_facts_path(save: Path, number: int) -> Path:
