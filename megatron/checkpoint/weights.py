@@ -37,15 +37,15 @@ def numbered_layers(module: nn.Module) -> dict[int, nn.Module]:
         for offset, layer in enumerate(module.forward_funcs)
         if isinstance(layer, nn.Module)
     }
-    for index, spec in reversed(list(enumerate(module._layer_specs))):
-        if isinstance(spec, TiedLayerSpec) and spec.key in module.tied_modules:
+    for key, tied in module.tied_modules.items():
+        places = [
+            index
+            for index, spec in enumerate(module._layer_specs)
+            if isinstance(spec, TiedLayerSpec) and spec.key == key
+        ]
+        for index in places:
             layers.pop(index, None)
-            first = next(
-                number
-                for number, other in enumerate(module._layer_specs)
-                if isinstance(other, TiedLayerSpec) and other.key == spec.key
-            )
-            layers[first] = module.tied_modules[spec.key]
+        layers[places[0]] = tied
     return layers
 
 
