@@ -33,10 +33,9 @@ class PlainShape:
     group: Any = None  # torch.distributed's, when there is more than one rank
 
 
-def plain_layers(shape: PlainShape) -> list[Callable[[], nn.Module]]:
-    """Return constructors of the layers in order: tokens (B, S) in, this rank's logits out."""
-    blocks = [lambda: Block(shape)] * shape.num_layers
-    return [lambda: Embedding(shape), *blocks, lambda: Head(shape)]
+def plain_layers(shape: PlainShape) -> list[type[nn.Module]]:
+    """Return the layers' classes in order: tokens (B, S) in, this rank's logits out."""
+    return [Embedding, *[Block] * shape.num_layers, Head]
 
 
 def plain_loss(shape: PlainShape) -> Callable[[Tensor, Tensor], Tensor]:

@@ -95,13 +95,13 @@ def build_plain(config: RunConfig) -> Callable[[], None]:
     layers = plain_layers(shape)
     if has_pipeline:
         module = PipelineModule(
-            [LayerSpec(layer) for layer in layers],
+            [LayerSpec(layer, shape) for layer in layers],
             topology=grid,
             loss_fn=loss_function,
             partition_method="uniform",
         )
     else:
-        module = torch.nn.Sequential(*(layer() for layer in layers))
+        module = torch.nn.Sequential(*(layer(shape) for layer in layers))
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95)),
