@@ -18,7 +18,7 @@ from megatron.config.run_config import RunConfig
 from megatron.ledger.run_directory import choose_checkpoint
 from megatron.model.settings import ModelSettings
 from megatron.neox_arguments import NeoXArgs
-from megatron.training import _prepared
+from megatron.training import prepared_training
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -39,7 +39,7 @@ def save_checkpoint(
         ConfigError: the model was set up without ``save``.
         CheckpointError: the checkpoint could not be completed.
     """
-    save = _prepared[id(model)].training.save
+    save = prepared_training(model).save
     if save is None:
         raise ConfigError("save is not set; name the directory that checkpoints go to")
     save(iteration)

@@ -6,13 +6,14 @@ from typing import Any
 
 from megatron.cli.train import PreparedTraining, prepare, train
 from megatron.engine.distributed import rank_environment
-from megatron.engine.loop import StopReason
+from megatron.engine.loop import StopReason, Training
 from megatron.engine.steps import evaluate, train_step
 from megatron.neox_arguments import NeoXArgs
 
 __all__ = [
     "collect_loss_for_unit_test",
     "forward_step",
+    "prepared_training",
     "pretrain",
     "setup_model_and_optimizer",
 ]
@@ -68,11 +69,22 @@ def forward_step(
         neox_args: unused, for NeoX's callers.
         is_train: whether the weights are updated.
     """
-    training = _prepared[id(model)].training
+    training = prepared_training(model)
     batches = training.train_batches if data_iterator is None else data_iterator
     if is_train:
         return train_step(model, batches, training.loss_function, training.groups)
     return evaluate(model, batches, training.loss_function, training.groups, iterations=1)
+
+
+def prepared_training(engine: Any) -> Training:
+    """Return what :func:`setup_model_and_optimizer` prepared together with ``engine``.
+
+    Raises:
+        ValueError: the engine was built by something else.
+    """
+    if id(engine) not in _prepared:
+        raise ValueError("this engine was not built by setup_model_and_optimizer")
+    return _prepared[id(engine)].training
 
 
 def collect_loss_for_unit_test(lm_loss: Any) -> None:

@@ -1,1 +1,1 @@
-"""The ground everything stands on: errors, atomic files, safe unpickling. No third-party imports."""
+"""The ground everything stands on: errors, atomic files, printing. No third-party imports."""

@@ -19,7 +19,7 @@ from megatron.data.tokenizers import padded_vocab_size
 from megatron.engine.agreement import together
 from megatron.engine.distributed import ProcessGroups
 from megatron.ledger.attempts import AttemptLog
-from megatron.ledger.run_directory import choose_checkpoint
+from megatron.ledger.run_directory import choose_checkpoint, remove_leftovers
 from megatron.ledger.save_lock import SaveLock
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
@@ -53,6 +53,8 @@ class Checkpoints:
             with contextlib.ExitStack() as on_failure:
                 if lock is not None:
                     on_failure.callback(lock.release)
+                if save is not None:
+                    remove_leftovers(save)
                 source = choose_checkpoint(
                     load, save, iteration=config.other.iteration, finetune=training.finetune
                 )

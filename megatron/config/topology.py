@@ -17,13 +17,15 @@ class RankCoordinates:
 
 @dataclass(frozen=True)
 class Topology:
-    """How ``world_size`` ranks are divided. The tensor axis is the fastest, the pipeline the slowest.
+    """How ``world_size`` ranks are divided; the tensor axis is the fastest, the pipeline the slowest.
 
     This is NeoX's order and that of DeepSpeed's PipeModelDataParallelTopology, so that
-    ``rank = (stage * data_parallel_size + data_parallel_rank) * tensor_parallel_size + tensor_rank``.
+    ``rank = (stage * data size + data rank) * tensor size + tensor rank``.
 
     Example:
-        >>> topology = Topology(pipeline_parallel_size=2, data_parallel_size=1, tensor_parallel_size=2)
+        >>> topology = Topology(
+        ...     pipeline_parallel_size=2, data_parallel_size=1, tensor_parallel_size=2
+        ... )
         >>> topology.world_size
         4
         >>> topology.coordinates(3)
@@ -33,12 +35,12 @@ class Topology:
     pipeline_parallel_size: int  # stages, at least 1
     data_parallel_size: int
     tensor_parallel_size: int
-    uses_pipeline_engine: bool = True  # False for NeoX's pipe_parallel_size 0: a plain sequential module
+    uses_pipeline_engine: bool = True  # False: NeoX's pipe_parallel_size 0, a sequential module
 
     def __post_init__(self) -> None:
         sizes = (self.pipeline_parallel_size, self.data_parallel_size, self.tensor_parallel_size)
         if min(sizes) < 1:
-            raise ValueError(f"pipeline, data and tensor parallel sizes must be at least 1, got {sizes}")
+            raise ValueError(f"parallel sizes must be at least 1, got {sizes}")
         if not self.uses_pipeline_engine and self.pipeline_parallel_size != 1:
             raise ValueError("a topology without the pipeline engine has exactly one stage")
 
@@ -70,7 +72,7 @@ class Topology:
             yield rank, self.coordinates(rank)
 
     def reads_data(self, place: RankCoordinates) -> bool:
-        """Whether the rank at ``place`` opens the dataset: tensor rank 0 of the first and last stage."""
+        """Whether the rank at ``place`` reads data: tensor rank 0 of the first and last stage."""
         is_end = place.pipeline_stage in (0, self.pipeline_parallel_size - 1)
         return place.tensor_parallel_rank == 0 and is_end
 

@@ -1,0 +1,70 @@
+"""What this rank has read, step by step, until rank 0 collects it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.config.batch_geometry import BatchGeometry
+from megatron.engine.distributed import ProcessGroups
+from megatron.ledger.digests import MODULUS, agreed_digests, batch_digest
+
+__all__ = ["ConsumedDigests", "collect_digests"]
+
+
+class ConsumedDigests:
+    """Sums the digests of the samples this rank hands to the model, by step.
+
+    Args:
+        geometry: how a step's samples are divided.
+        data_parallel_rank: whose samples these are.
+        first_step: number of the step that begins at ``first_position``.
+        first_position: stream position of that step's first sample, over all ranks.
+    """
+
+    def __init__(
+        self,
+        geometry: BatchGeometry,
+        data_parallel_rank: int,
+        *,
+        first_step: int,
+        first_position: int,
+    ) -> None:
+        self._geometry = geometry
+        self._data_parallel_rank = data_parallel_rank
+        self._first_step = first_step
+        self._first_position = first_position
+        self._micro_steps = 0
+        self._sums: dict[int, int] = {}
+
+    def add(self, tokens: NDArray[Any], companions: Sequence[NDArray[Any]] = ()) -> None:
+        """Count the next micro batch, as it came from the loader."""
+        offset = self._geometry.first_position(self._micro_steps, self._data_parallel_rank)
+        step = self._first_step + self._micro_steps // self._geometry.gradient_accumulation_steps
+        self._micro_steps += 1
+        positions = self._first_position + offset + np.arange(len(tokens))
+        digest = batch_digest(tokens, positions, companions)
+        self._sums[step] = (self._sums.get(step, 0) + digest) % MODULUS
+
+    def take(self) -> dict[int, int]:
+        """Return the sums since the last call, by step."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def collect_digests(groups: ProcessGroups, consumed: ConsumedDigests | None) -> dict[int, int]:
+    """Return the digests of the steps done since the last call, on every rank. Collective.
+
+    Raises:
+        RunDirectoryError: first and last pipeline stage read different samples.
+    """
+    mine = consumed.take() if consumed is not None else {}
+    last_stage = groups.topology.pipeline_parallel_size - 1
+    sums: dict[int, dict[int, int]] = {0: {}, last_stage: {}}
+    for rank, of_rank in enumerate(groups.gather(mine)):
+        stage = groups.topology.coordinates(rank).pipeline_stage
+        for step, digest in of_rank.items():
+            totals = sums[stage]
+            totals[step] = (totals.get(step, 0) + digest) % MODULUS
+    return agreed_digests(sums[0], sums[last_stage])
