@@ -17,7 +17,7 @@ class RankCoordinates:
 
 @dataclass(frozen=True)
 class Topology:
-    """How ``world_size`` ranks are divided; the tensor axis is the fastest, the pipeline the slowest.
+    """How ``world_size`` ranks are divided; the tensor axis is the fastest, the pipeline the last.
 
     This is NeoX's order and that of DeepSpeed's PipeModelDataParallelTopology, so that
     ``rank = (stage * data size + data rank) * tensor size + tensor rank``.
