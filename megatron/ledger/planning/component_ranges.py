@@ -1,0 +1,93 @@
+"""From positions of an order to the samples of each of its components.
+
+A blend draws every component's samples one after the other. So what a range of the order's
+positions consumes is one range per component, whatever the order in which they are mixed; comparing
+two orders never needs the draws themselves.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from megatron.stream.blending import Blend
+from megatron.stream.order_description import ComponentDescription, OrderDescription
+
+__all__ = ["ComponentRange", "component_ranges", "cursors_at", "order_of_component"]
+
+_FIRST_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class ComponentRange:
+    """Consecutive samples of one component, in the component's own order."""
+
+    component: ComponentDescription
+    order: OrderDescription  # of the component alone, from its start; equal: the same samples
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def component_ranges(order: OrderDescription, start: int, stop: int) -> list[ComponentRange]:
+    """Return what the positions from ``start`` to before ``stop`` of an order consume.
+
+    Components from which nothing is drawn are left out.
+    """
+    before, after = cursors_at(order, start), cursors_at(order, stop)
+    return [
+        ComponentRange(
+            component,
+            order_of_component(order, component),
+            before[component.key],
+            after[component.key],
+        )
+        for component in order.components
+        if after[component.key] > before[component.key]
+    ]
+
+
+def cursors_at(order: OrderDescription, position: int) -> dict[str, int]:
+    """Return each component's next position when the order's first ``position`` are consumed."""
+    counts = _drawn(order.weights or (1.0,), position)
+    return {
+        component.key: component.start + count
+        for component, count in zip(order.components, counts, strict=True)
+    }
+
+
+def order_of_component(
+    order: OrderDescription, component: ComponentDescription
+) -> OrderDescription:
+    """Return the order of one component alone, whatever was drawn of it before.
+
+    Equal orders give equal samples and, as good as always, unequal ones others.
+    """
+    alone = replace(component, start=0, occurrence=0)
+    return replace(order, components=(alone,), weights=None)
+
+
+def _drawn(weights: Sequence[float], position: int) -> list[int]:
+    """Count the draws of each dataset among the first ``position``."""
+    if len(weights) == 1:
+        return [position]
+    blend = _blend(tuple(weights))
+    counts: Mapping[int, int] = {}
+    window = _FIRST_WINDOW
+    while True:
+        # A dataset's last draw tells how many there were; look back until each has one.
+        first = max(0, position - window)
+        datasets, samples = blend.locate(np.arange(first, position, dtype=np.int64))
+        counts = dict(zip(datasets.tolist(), (samples + 1).tolist(), strict=True))
+        if len(counts) == len(weights) or first == 0:
+            return [counts.get(index, 0) for index in range(len(weights))]
+        window *= 16
+
+
+@lru_cache(maxsize=16)
+def _blend(weights: tuple[float, ...]) -> Blend:
+    """Keep the counts of earlier draws; they depend on nothing but the weights."""
+    return Blend(weights)

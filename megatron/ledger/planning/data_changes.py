@@ -1,0 +1,182 @@
+"""What is different about the data now, and which of it has no exact continuation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.ledger.ledger_file import DatasetNote, TokenizerIdentity
+from megatron.ledger.planning.continuation import StreamPlan, chops_documents, same_samples
+from megatron.ledger.planning.inputs import StreamName, Wanted
+from megatron.ledger.planning.past import Past, StreamPast
+from megatron.stream.order_description import ComponentDescription, OrderDescription
+
+__all__ = ["Change", "component_name", "inexact_changes", "stream_changes"]
+
+Effect = Literal["none", "new segment", "no exact continuation"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that isn't as it was when the checkpoint was written."""
+
+    name: str  # a key of NeoX's or of accept_data_change, or what happened to a dataset
+    stream: StreamName | None  # None: concerns the run as a whole
+    detail: str  # "128 -> 256"
+    effect: Effect
+
+    def __str__(self) -> str:
+        where = "" if self.stream in (None, "train") else f"{self.stream}: "
+        return f"{where}{self.name} {self.detail}".rstrip()
+
+
+def inexact_changes(past: Past, stream: StreamPast, wanted: Wanted) -> list[Change]:
+    """Return the changes of the training data that need ``accept_data_change``."""
+    now = wanted.orders["train"]
+    if now is None:
+        return []
+    details = {**_settings(stream.order, now), **_contents(past, stream, now, wanted.datasets)}
+    if past.tokenizer is not None and wanted.tokenizer not in (None, past.tokenizer):
+        details["tokenizer"] = _tokenizers(past.tokenizer, wanted.tokenizer)
+    return [
+        Change(name, "train", detail, "no exact continuation") for name, detail in details.items()
+    ]
+
+
+def stream_changes(
+    name: StreamName, past: Past, stream: StreamPast, plan: StreamPlan, wanted: Wanted
+) -> list[Change]:
+    """Return what a stream does differently from here on, apart from what has no continuation."""
+    notes = {**past.datasets, **wanted.datasets}
+    changes = []
+    before, after = stream.order, plan.order
+    if before != after and same_samples(before, after):
+        changes += _blend_changes(name, stream, after, notes)
+    batches = (
+        stream.last_segment.batch_size,
+        plan.state.segments.at_step(plan.next_step).batch_size,
+    )
+    if batches[0] != batches[1]:
+        key = "train_batch_size" if name == "train" else "samples per evaluation"
+        changes.append(Change(key, name, f"{batches[0]} -> {batches[1]}", "new segment"))
+    for identity, path in _moved(past.datasets, wanted.datasets, after):
+        changes.append(
+            Change("dataset", name, f"{path[0]} -> {path[1]}, content {identity[:12]}", "none")
+        )
+    return changes
+
+
+def component_name(
+    component: ComponentDescription, notes: Mapping[str, DatasetNote], order: OrderDescription
+) -> str:
+    """Name a component for people: where its dataset was seen last, and its documents if needed."""
+    note = notes.get(component.dataset)
+    name = note.path if note is not None else f"dataset {component.dataset[:12]}"
+    alike = [one for one in order.components if one.dataset == component.dataset]
+    if note is None or (component.first_document, component.stop_document) != (
+        0,
+        note.num_documents,
+    ):
+        name += f"[{component.first_document}:{component.stop_document}]"
+    return f"{name} (no. {component.occurrence + 1})" if len(alike) > 1 else name
+
+
+def _settings(before: OrderDescription, now: OrderDescription) -> dict[str, str]:
+    details = {
+        key: f"{getattr(before, key)} -> {getattr(now, key)}"
+        for key in ("seed", "seq_length", "packing")
+        if getattr(before, key) != getattr(now, key)
+    }
+    if "packing" not in details and chops_documents(before) != chops_documents(now):
+        details["packing"] = f"allow_chopped {before.allow_chopped} -> {now.allow_chopped}"
+    return details
+
+
+def _tokenizers(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
+    if before.type != now.type:
+        return f"{before.type} -> {now.type}"
+    return f"{now.type}: the content of its files is another"
+
+
+def _contents(
+    past: Past, stream: StreamPast, now: OrderDescription, notes: Mapping[str, DatasetNote]
+) -> dict[str, str]:
+    """Find documents dealt out differently, and paths that hold something else than before."""
+    details = {}
+    drawn: dict[str, set[tuple[int, int]]] = {}
+    for key in (*(one.key for one in stream.order.components), *stream.state.cursors):
+        dataset, first, stop = _parse_key(key)
+        drawn.setdefault(dataset, set()).add((first, stop))
+    wanted_datasets = {component.dataset for component in now.components}
+    # A dataset that moved away leaves its path to others.
+    held = {
+        past.datasets[dataset].path: dataset
+        for dataset in drawn
+        if dataset in past.datasets and dataset not in wanted_datasets
+    }
+    for component in now.components:
+        documents = (component.first_document, component.stop_document)
+        known = drawn.get(component.dataset)
+        note = notes.get(component.dataset)
+        if known is not None and documents not in known:
+            was = ", ".join(f"{first}..{stop - 1}" for first, stop in sorted(known))
+            details["split"] = f"documents {was} -> {documents[0]}..{documents[1] - 1}"
+        elif known is None and note is not None and note.path in held:
+            details["data"] = (
+                f"{note.path} holds other content: {held[note.path][:12]} -> "
+                f"{component.dataset[:12]}"
+            )
+    return details
+
+
+def _parse_key(key: str) -> tuple[str, int, int]:
+    dataset, _, rest = key.rpartition(":")
+    first, stop = rest.partition("#")[0].split("-")
+    return dataset, int(first), int(stop)
+
+
+def _blend_changes(
+    name: StreamName,
+    stream: StreamPast,
+    after: OrderDescription,
+    notes: Mapping[str, DatasetNote],
+) -> list[Change]:
+    before = {component.key: component for component in stream.order.components}
+    now = {component.key: component for component in after.components}
+    changes = []
+    for key, component in now.items():
+        if key in before:
+            continue
+        returns = stream.state.cursors.get(key, 0) > 0
+        what = f"{component_name(component, notes, after)}, from its sample {component.start}"
+        changes.append(
+            Change("dataset returned" if returns else "dataset added", name, what, "new segment")
+        )
+    for key, component in before.items():
+        if key not in now:
+            kept = stream.state.cursors.get(key, 0)
+            what = f"{component_name(component, notes, stream.order)}, its sample {kept} is next"
+            changes.append(Change("dataset removed", name, what, "new segment"))
+    common = [key for key in before if key in now]
+    if common != [key for key in now if key in before]:
+        changes.append(Change("datasets reordered", name, "", "new segment"))
+    weights = (_weights(stream.order), _weights(after))
+    if weights[0] != weights[1]:
+        shown = [", ".join(f"{weight:.6g}" for weight in side.values()) for side in weights]
+        changes.append(Change("weights", name, f"{shown[0]} -> {shown[1]}", "new segment"))
+    return changes
+
+
+def _weights(order: OrderDescription) -> dict[str, float]:
+    weights = order.weights or (1.0,) * len(order.components)
+    return dict(zip((one.key for one in order.components), weights, strict=True))
+
+
+def _moved(
+    before: Mapping[str, DatasetNote], now: Mapping[str, DatasetNote], order: OrderDescription
+) -> list[tuple[str, tuple[str, str]]]:
+    datasets = dict.fromkeys(component.dataset for component in order.components)
+    return [
+        (dataset, (before[dataset].path, now[dataset].path))
+        for dataset in datasets
+        if dataset in before and dataset in now and before[dataset].path != now[dataset].path
+    ]
