@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,13 @@ __all__ = [
     "decode_line",
     "encode_record",
     "next_attempt_number",
+    "parse_lines",
     "read_attempt",
     "read_lines",
+    "step_of_record",
 ]
 
+_WHOLE_NUMBERS = {"step", "after_step", "position", "samples"}
 _NAME = re.compile(r"(\d{4,})\.jsonl?")
 
 
@@ -71,7 +74,7 @@ Record = StepRecord | EvaluationRecord
 class Line(NamedTuple):
     """One line of an attempt file."""
 
-    number: int  # from 1
+    number: int  # from 1; 0 if only a part of the file was read
     record: Record
     body: bytes  # what the chain covers
     chain: str | None  # None: written by a release without chains
@@ -116,18 +119,41 @@ def read_lines(path: Path) -> Iterator[Line]:
     Raises:
         RunDirectoryError: any other line is not a record.
     """
-    texts = path.read_bytes().split(b"\n")
-    for number, text in enumerate(texts, start=1):
-        if not text and number == len(texts):
+    yield from parse_lines(path, path.read_bytes().split(b"\n"), first_number=1)
+
+
+def parse_lines(
+    path: Path, texts: Sequence[bytes], *, first_number: int | None = None
+) -> Iterator[Line]:
+    """Yield the lines of a part of an attempt file, split at its newlines.
+
+    Args:
+        path: of the file, for messages.
+        texts: the part; the last one is what stands behind the last newline.
+        first_number: of the part's first line, None if that isn't known.
+
+    Raises:
+        RunDirectoryError: a line that isn't torn is not a record.
+    """
+    for index, text in enumerate(texts):
+        is_last = index == len(texts) - 1
+        if is_last and not text:
             return
+        number = 0 if first_number is None else first_number + index
         try:
             yield decode_line(text, number)
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(texts):
+            if is_last:
                 return
+            where = f"{path}:{number}" if number else str(path)
             raise RunDirectoryError(
-                f"{path}:{number}: not a record ({error}); the file was changed or damaged"
+                f"{where}: not a record ({error}); the file was changed or damaged"
             ) from error
+
+
+def step_of_record(record: Record) -> int:
+    """Return the step that was done, or after which an evaluation was made."""
+    return record.step if isinstance(record, StepRecord) else record.after_step
 
 
 def encode_record(record: Record) -> bytes:
@@ -157,6 +183,11 @@ def decode_line(text: bytes, number: int = 1) -> Line:
     body, chain = split_line(text)
     values.pop("chain", None)
     record = EvaluationRecord(**values) if "stream" in values else StepRecord(**values)
+    numbers = [value for name, value in values.items() if name in _WHOLE_NUMBERS]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers} are not all whole numbers")
+    if record.digest is not None:
+        int(record.digest, 16)
     return Line(number, record, body, chain)
 
 

@@ -75,7 +75,9 @@ class Span:
     first_step: int
     last_step: int  # inclusive
     chain: str  # of the last line before the checkpoint
-    digest_sum: str  # of the steps' digests, modulo 2^64, 16 hexadecimal digits
+    digest_sum: str
+    """Of the steps' digests, modulo 2^64, 16 hexadecimal digits; empty of an attempt whose lines no
+    checkpoint covers yet."""
     numerics: str = ""  # hash of everything that acts on numbers; equal: comparable losses
     geometry: BatchGeometry | None = None  # how its batches were divided
 

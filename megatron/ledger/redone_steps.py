@@ -18,8 +18,9 @@ from megatron.ledger.attempts import (
     Record,
     StepRecord,
     attempt_lines_path,
-    read_lines,
+    step_of_record,
 )
+from megatron.ledger.line_search import lines_since
 
 __all__ = ["Differences", "EarlierLines"]
 
@@ -56,12 +57,10 @@ class EarlierLines:
         for facts, records in earlier:
             departure = _departure(_history(present), _history(facts))
             for record in records:
-                if record.digest is None or _step(record) <= present.begin.step - 1:
-                    continue
                 key = _key(record, facts)
-                if key is None:
+                if key is None or record.digest is None:
                     continue
-                same = departure is None or _step(record) < departure
+                same = departure is None or step_of_record(record) < departure
                 if isinstance(record, EvaluationRecord):
                     # the same weights, but this attempt's way of computing with them
                     same = same and facts.numerics == present.numerics
@@ -104,17 +103,14 @@ def _readable_attempts(
         with contextlib.suppress(RunDirectoryError):
             facts = read_attempt_facts(save, number)
             if facts is not None and facts.run_id == present.run_id:
-                yield facts, _readable_records(attempt_lines_path(save, number))
+                path = attempt_lines_path(save, number)
+                yield facts, _readable_records(path, present.begin.step)
 
 
-def _readable_records(path: Path) -> Iterator[Record]:
+def _readable_records(path: Path, step: int) -> Iterator[Record]:
     with contextlib.suppress(OSError, RunDirectoryError):
-        for line in read_lines(path):
+        for line in lines_since(path, step):
             yield line.record
-
-
-def _step(record: Record) -> int:
-    return record.step if isinstance(record, StepRecord) else record.after_step
 
 
 def _key(record: Record, facts: AttemptFacts) -> tuple[object, ...] | None:
@@ -129,7 +125,7 @@ def _key(record: Record, facts: AttemptFacts) -> tuple[object, ...] | None:
         return None  # before the first segment: not a line of ours
     return (
         stream,
-        _step(record),
+        step_of_record(record),
         isinstance(record, EvaluationRecord) and record.at_end,
         record.position,
         record.samples,
