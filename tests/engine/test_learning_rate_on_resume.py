@@ -15,7 +15,7 @@ def test_override_trains_the_first_step_at_the_configured_rate(tmp_path: Path):
     run_training(neox_config(tmp_path, train_iters=2, lr_decay_iters=20, **run), tmp_path)
     higher = {"optimizer": {"type": "Adam", "params": {"lr": 0.02, "betas": [0.9, 0.95]}}}
     changed = neox_config(tmp_path, train_iters=4, lr_decay_iters=20, **run, **higher)
-    with pytest.raises(WorldFailed, match="start_lr 0.002 in the checkpoint, 0.02 configured"):
+    with pytest.raises(WorldFailed, match=r"start_lr 0\.002 in the checkpoint, 0\.02 configured"):
         run_training(changed, tmp_path / "refused")
     overridden = run_training(changed | {"override_lr_scheduler": True}, tmp_path / "overridden")
     as_before = neox_config(tmp_path, train_iters=4, lr_decay_iters=20, **run)
