@@ -9,7 +9,9 @@ from megatron.cli.ledger.output import number, print_json, print_table, say
 from megatron.ledger.queries.differences import Differences, compare_runs
 from megatron.ledger.queries.run_view import open_run
 
-EPILOG = """exit status: 0 if both read the same samples in the same steps, as far as both went; 1 if not
+EPILOG = """exit status:
+  0  both read the same samples in the same steps, as far as both went
+  1  they don't
 
 examples:
   neox-ledger diff runs/a runs/b

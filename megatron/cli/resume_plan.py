@@ -1,0 +1,59 @@
+"""What a launch will do, from its configuration. No torch: the launcher, the ranks and
+``neox-ledger explain`` ask the same function and print the same lines.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron.cli.found_checkpoint import Source, find_source, found_checkpoint
+from megatron.cli.wanted_launch import wanted_launch
+from megatron.config.run_config import RunConfig
+from megatron.ledger.ledger_file import DatasetNote
+from megatron.ledger.planning import Counting, Found, ResumePlan, Wanted, plan_resume
+from megatron.ledger.planning.past import Past
+from megatron.ledger.planning.report import summary_lines
+from megatron.ledger.queries.run_data import RunData
+
+__all__ = ["PlannedLaunch", "plan_launch"]
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """A plan with what it was made from."""
+
+    source: Source
+    wanted: Wanted
+    found: Found | None
+    plan: ResumePlan
+
+    @property
+    def lines(self) -> list[str]:
+        """The five lines that a launch prints before anything is built."""
+        return summary_lines(self.plan)
+
+
+def plan_launch(
+    config: RunConfig, *, counts_neox: bool = False, is_unlimited: bool = False
+) -> PlannedLaunch:
+    """Plan a launch; a plan that refuses is returned, not raised.
+
+    Args:
+        config: of the launch.
+        counts_neox: count also what NeoX's way would repeat and skip.
+        is_unlimited: count however many samples there are.
+
+    Raises:
+        MegatronError: the configuration, a dataset or the checkpoint cannot be used at all.
+    """
+    source = find_source(config)
+    wanted = wanted_launch(config)
+    if not source.finetune and wanted.finetune:
+        wanted = replace(wanted, finetune=False)  # begun before: the run is continued
+    found = found_checkpoint(config, source)
+    data = RunData(_all_datasets(wanted, found))
+    counting = Counting(open_order=data.stream, counts_neox=counts_neox, is_unlimited=is_unlimited)
+    return PlannedLaunch(source, wanted, found, plan_resume(wanted, found, counting))
+
+
+def _all_datasets(wanted: Wanted, found: Found | None) -> dict[str, DatasetNote]:
+    then = {} if found is None else Past.of(found).datasets
+    return {**then, **wanted.datasets}
