@@ -69,6 +69,7 @@ class SimulatedRun:
         accept: Collection[str] = (),
         train_iters: int | None = None,
         stop: str | None = "finished",
+        misread_step: int | None = None,
     ) -> int:
         """Take steps up to ``until``; return the attempt's number.
 
@@ -79,6 +80,7 @@ class SimulatedRun:
             iteration: go on from this checkpoint instead of the latest.
             accept: accept_data_change.
             train_iters: configured, ``until`` if None.
+            misread_step: of this one another batch is read than was to be.
             stop: why it ends; None: it is killed, and what wasn't flushed is lost.
         """
         begin = self._begin(geometry, iteration, accept, train_iters or until)
@@ -116,7 +118,7 @@ class SimulatedRun:
         digests: dict[int, int] = {}
         for step in range(begin.step + 1, until + 1):
             positions = begin.streams["train"].segments.positions(step)
-            digests[step] = digest("train", positions)
+            digests[step] = digest("train", positions) + (step == misread_step)
             recorder.step(
                 StepRecord(
                     step=step,
@@ -153,7 +155,9 @@ class SimulatedRun:
                 )
             if step % 5 == 0:
                 recorder.flush(digests)
-        if stop is not None:
+        if stop is None:
+            recorder._log.close()  # a killed process leaves no more than that
+        else:
             recorder.flush(digests)
             recorder.close(stop)
         return recorder.number
