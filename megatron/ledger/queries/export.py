@@ -111,12 +111,14 @@ def export(
     """Write batches as they come; return the number of samples."""
     samples = 0
     steps: set[int] = set()
-    for batch in found:
-        writer.add(batch)
-        samples += len(batch.tokens)
-        steps.add(batch.frame.step)
-        on_step(len(steps), num_steps)
-    writer.close()
+    try:
+        for batch in found:
+            writer.add(batch)
+            samples += len(batch.tokens)
+            steps.add(batch.frame.step)
+            on_step(len(steps), num_steps)
+    finally:
+        writer.close()
     return samples
 
 
