@@ -26,6 +26,7 @@ from megatron.ledger.planning.inputs import (
     LearningRates,
     SampleSource,
     Wanted,
+    dataset_notes,
 )
 from megatron.ledger.planning.plan import plan_resume
 from megatron.ledger.planning.resume_plan import ResumePlan
@@ -39,5 +40,6 @@ __all__ = [
     "ResumePlan",
     "SampleSource",
     "Wanted",
+    "dataset_notes",
     "plan_resume",
 ]

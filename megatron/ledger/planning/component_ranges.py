@@ -5,18 +5,13 @@ positions consumes is one range per component, whatever the order in which they 
 two orders never needs the draws themselves.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-
-import numpy as np
 
 from megatron.stream.blending import Blend
 from megatron.stream.order_description import ComponentDescription, OrderDescription
 
 __all__ = ["ComponentRange", "component_ranges", "cursors_at", "order_of_component"]
-
-_FIRST_WINDOW = 4096
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,9 @@ def component_ranges(order: OrderDescription, start: int, stop: int) -> list[Com
 
 def cursors_at(order: OrderDescription, position: int) -> dict[str, int]:
     """Return each component's next position when the order's first ``position`` are consumed."""
-    counts = _drawn(order.weights or (1.0,), position)
+    counts = [position]
+    if len(order.components) > 1 and order.weights is not None:
+        counts = _blend(order.weights).counts(position).tolist()
     return {
         component.key: component.start + count
         for component, count in zip(order.components, counts, strict=True)
@@ -68,23 +65,6 @@ def order_of_component(
     """
     alone = replace(component, start=0, occurrence=0)
     return replace(order, components=(alone,), weights=None)
-
-
-def _drawn(weights: Sequence[float], position: int) -> list[int]:
-    """Count the draws of each dataset among the first ``position``."""
-    if len(weights) == 1:
-        return [position]
-    blend = _blend(tuple(weights))
-    counts: Mapping[int, int] = {}
-    window = _FIRST_WINDOW
-    while True:
-        # A dataset's last draw tells how many there were; look back until each has one.
-        first = max(0, position - window)
-        datasets, samples = blend.locate(np.arange(first, position, dtype=np.int64))
-        counts = dict(zip(datasets.tolist(), (samples + 1).tolist(), strict=True))
-        if len(counts) == len(weights) or first == 0:
-            return [counts.get(index, 0) for index in range(len(weights))]
-        window *= 16
 
 
 @lru_cache(maxsize=16)

@@ -1,24 +1,28 @@
 """How one stream goes on under what is asked for now: in which order, from which position."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron.ledger.ledger_file import StreamState
 from megatron.ledger.planning.component_ranges import cursors_at
 from megatron.ledger.planning.past import StreamPast
-from megatron.stream.order_description import ComponentDescription, OrderDescription
+from megatron.stream.descriptions import blended_continuation
+from megatron.stream.order_description import OrderDescription
 from megatron.stream.segments import Segment, SegmentTable
 
 __all__ = [
+    "SAMPLE_KEYS",
     "StreamPlan",
-    "chops_documents",
     "continued_stream",
     "first_segment",
     "reordered_stream",
     "resting_stream",
     "same_samples",
 ]
+
+SAMPLE_KEYS = ("seed", "seq_length", "packing", "allow_chopped")
+"""Of an order, what acts on the samples of every component."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,11 @@ class StreamPlan:
     order_position: int  # where the order goes on
     next_step: int  # for evaluation streams the next evaluation
     is_read: bool = True  # False: the configuration reads nothing of it now
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next step, or of the next evaluation."""
+        return self.state.segments.at_step(self.next_step).batch_size
 
 
 def first_segment(order: OrderDescription, *, batch_size: int) -> StreamPlan:
@@ -60,18 +69,9 @@ def resting_stream(past: StreamPast) -> StreamPlan:
     )
 
 
-def chops_documents(order: OrderDescription) -> bool:
-    """Whether long documents are cut; packed samples always do, so the key has no effect there."""
-    return order.allow_chopped or order.packing in ("packed", "sequential")
-
-
 def same_samples(one: OrderDescription, other: OrderDescription) -> bool:
     """Whether equal components give equal samples in both."""
-    sides = [
-        (order.seed, order.seq_length, order.packing, chops_documents(order))
-        for order in (one, other)
-    ]
-    return sides[0] == sides[1]
+    return all(getattr(one, key) == getattr(other, key) for key in SAMPLE_KEYS)
 
 
 def continued_stream(
@@ -96,17 +96,20 @@ def continued_stream(
     previous = past.order
     if _is_same_blend(previous, wanted):
         return _entered(past, previous, past.order_position, batch_size, past.state.cursors)
-    components = tuple(
-        _continued_component(past, component, added_begin_with) for component in wanted.components
+    order = blended_continuation(
+        wanted,
+        (past.orders[segment.order_id] for segment in past.state.segments),
+        past.state.cursors,
+        added_begin_with=added_begin_with,
     )
-    order = replace(previous, components=components, weights=wanted.weights)
-    return _entered(past, order, 0, batch_size, past.state.cursors)
+    cursors = {**past.state.cursors, **cursors_at(order, 0)}
+    return _entered(past, order, 0, batch_size, cursors)
 
 
 def reordered_stream(past: StreamPast, wanted: OrderDescription, *, batch_size: int) -> StreamPlan:
     """Enter a new run's order after as many tokens as were consumed: no exact continuation."""
     position = past.consumed_tokens // wanted.seq_length
-    return _entered(past, wanted, position, batch_size, kept_cursors={})
+    return _entered(past, wanted, position, batch_size, cursors_at(wanted, position))
 
 
 def _is_same_blend(one: OrderDescription, other: OrderDescription) -> bool:
@@ -114,21 +117,12 @@ def _is_same_blend(one: OrderDescription, other: OrderDescription) -> bool:
     return keys[0] == keys[1] and (len(keys[0]) == 1 or one.weights == other.weights)
 
 
-def _continued_component(
-    past: StreamPast, wanted: ComponentDescription, added_begin_with: Literal["head", "tail"]
-) -> ComponentDescription:
-    cursor = past.state.cursors.get(wanted.key)
-    if cursor is not None:
-        return wanted.continued(past.component(wanted.key), cursor)
-    return wanted if added_begin_with == "head" else wanted.without_head()
-
-
 def _entered(
     past: StreamPast,
     order: OrderDescription,
     order_position: int,
     batch_size: int,
-    kept_cursors: Mapping[str, int],
+    cursors: Mapping[str, int],
 ) -> StreamPlan:
     done = past.steps_done
     table = past.state.segments.followed_by(
@@ -140,7 +134,9 @@ def _entered(
     # A component may have been planned and dropped again before its first step.
     orders = {**past.orders, order.order_id: order}
     drawn = {one.key for segment in table for one in orders[segment.order_id].components}
-    kept = {key: cursor for key, cursor in kept_cursors.items() if key in drawn}
-    cursors = {**kept, **cursors_at(order, order_position)}
-    state = StreamState(segments=table, next_position=past.state.next_position, cursors=cursors)
+    state = StreamState(
+        segments=table,
+        next_position=past.state.next_position,
+        cursors={key: cursor for key, cursor in cursors.items() if key in drawn},
+    )
     return StreamPlan(state=state, order=order, order_position=order_position, next_step=done + 1)

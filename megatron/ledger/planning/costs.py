@@ -96,7 +96,7 @@ def cost_under_neox(
         consumed_samples=train.state.next_position,
         batch_size=wanted.train_batch_size,
         num_steps=max(0, wanted.train_iters - past.step),
-        known=[*train.order.components, *(() if leaves_order else plan.order.components)],
+        known=train.components_read,
         exact_seq_length=train.order.seq_length,
         open_order=counting.open_order,
         is_unlimited=counting.is_unlimited,

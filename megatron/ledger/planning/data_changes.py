@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.ledger.ledger_file import DatasetNote, TokenizerIdentity
-from megatron.ledger.planning.continuation import StreamPlan, chops_documents, same_samples
+from megatron.ledger.planning.continuation import SAMPLE_KEYS, StreamPlan, same_samples
 from megatron.ledger.planning.inputs import StreamName, Wanted
 from megatron.ledger.planning.past import Past, StreamPast
 from megatron.stream.order_description import ComponentDescription, OrderDescription
@@ -48,17 +48,18 @@ def stream_changes(
     """Return what a stream does differently from here on, apart from what has no continuation."""
     notes = {**past.datasets, **wanted.datasets}
     changes = []
-    before, after = stream.order, plan.order
-    if before != after and same_samples(before, after):
-        changes += _blend_changes(name, stream, after, notes)
-    batches = (
-        stream.last_segment.batch_size,
-        plan.state.segments.at_step(plan.next_step).batch_size,
+    if stream.order != plan.order and same_samples(stream.order, plan.order):
+        changes += _blend_changes(name, stream, plan.order, notes)
+    train = past.stream("train")
+    before, now = stream.last_segment.batch_size, plan.batch_size
+    # Evaluations take a number of batches; that these are of another size is told once.
+    is_told = train is not None and (
+        before * wanted.train_batch_size == now * train.last_segment.batch_size
     )
-    if batches[0] != batches[1]:
-        key = "train_batch_size" if name == "train" else "samples per evaluation"
-        changes.append(Change(key, name, f"{batches[0]} -> {batches[1]}", "new segment"))
-    for identity, path in _moved(past.datasets, wanted.datasets, after):
+    if before != now and (name == "train" or not is_told):
+        what = "train_batch_size" if name == "train" else "samples per evaluation"
+        changes.append(Change(what, name, f"{before} -> {now}", "new segment"))
+    for identity, path in _moved(past.datasets, wanted.datasets, plan.order):
         changes.append(
             Change("dataset", name, f"{path[0]} -> {path[1]}, content {identity[:12]}", "none")
         )
@@ -81,13 +82,13 @@ def component_name(
 
 
 def _settings(before: OrderDescription, now: OrderDescription) -> dict[str, str]:
-    details = {
-        key: f"{getattr(before, key)} -> {getattr(now, key)}"
-        for key in ("seed", "seq_length", "packing")
-        if getattr(before, key) != getattr(now, key)
-    }
-    if "packing" not in details and chops_documents(before) != chops_documents(now):
-        details["packing"] = f"allow_chopped {before.allow_chopped} -> {now.allow_chopped}"
+    details: dict[str, str] = {}
+    for key in SAMPLE_KEYS:
+        values = (getattr(before, key), getattr(now, key))
+        if values[0] != values[1] and key == "allow_chopped":
+            details.setdefault("packing", f"allow_chopped {values[0]} -> {values[1]}")
+        elif values[0] != values[1]:
+            details[key] = f"{values[0]} -> {values[1]}"
     return details
 
 
@@ -160,7 +161,7 @@ def _blend_changes(
     if common != [key for key in now if key in before]:
         changes.append(Change("datasets reordered", name, "", "new segment"))
     weights = (_weights(stream.order), _weights(after))
-    if weights[0] != weights[1]:
+    if weights[0] != weights[1] and len(now) > 1:
         shown = [", ".join(f"{weight:.6g}" for weight in side.values()) for side in weights]
         changes.append(Change("weights", name, f"{shown[0]} -> {shown[1]}", "new segment"))
     return changes

@@ -39,6 +39,19 @@ class StreamPast:
         return self.last_segment.order_position(self.state.next_position)
 
     @property
+    def components_read(self) -> tuple[ComponentDescription, ...]:
+        """The components that the stream may have drawn from, those dropped meanwhile too."""
+        orders = (self.orders[segment.order_id] for segment in self.state.segments)
+        return tuple(
+            {
+                component.key: component
+                for order in orders
+                for component in order.components
+                if component.key in self.state.cursors
+            }.values()
+        )
+
+    @property
     def last_segment(self) -> Segment:
         """The segment of the next step, as it was planned when the checkpoint was written."""
         return self.state.segments.at_step(self.steps_done + 1)
@@ -70,16 +83,6 @@ class StreamPast:
             * self.orders[one.order_id].seq_length
             for one, end in zip(segments, ends, strict=True)
             if one.first_position < self.state.next_position
-        )
-
-    def component(self, key: str) -> ComponentDescription:
-        """Return a component that the stream has a cursor of, as it was drawn from last."""
-        for segment in reversed(tuple(self.state.segments)):
-            for component in self.orders[segment.order_id].components:
-                if component.key == key:
-                    return component
-        raise CheckpointError(
-            f"the ledger has a cursor of {key}, but no order draws from it; the file was edited"
         )
 
 

@@ -6,6 +6,7 @@ Members are only ever added; ``format`` is raised when one changes its meaning.
     kind              new | finetune | continue | new_segment | adopt | refuse
     exit_status       0 goes ahead, 1 refused, 2 goes ahead at a cost that could not be counted
     source, source_step, run_id   checkpoint loaded, its step, its run; null: none, or not known
+    reason            why this checkpoint is loaded; may be empty
     next_step, train_iters        first and last step of this launch
     data_exactness, numbers_exactness   a sentence each
     evaluates_first   whether the evaluation due at the checkpoint is made before the next step

@@ -79,7 +79,7 @@ def _where(plan: ResumePlan) -> str:
     return (
         f"step {plan.next_step} begins at position {train.state.next_position:,}, sample "
         f"{train.order_position:,} of order {train.order.order_id[:12]}; "
-        f"{plan.train_batch_size:,} samples per step"
+        f"{train.batch_size:,} samples per step"
     )
 
 
@@ -185,7 +185,7 @@ def _neox_lines(plan: ResumePlan) -> Iterator[str]:
 def _rule_lines(plan: ResumePlan, rule: NeoxRule) -> Iterator[str]:
     start = (
         f"go on at sample {rule.first_sample:,} ({plan.step:,} steps x "
-        f"{plan.train_batch_size:,}); {rule.consumed_samples:,} are consumed"
+        f"{plan.train.batch_size:,}); {rule.consumed_samples:,} are consumed"
     )
     if rule.has_new_order:
         start += ", in another order"

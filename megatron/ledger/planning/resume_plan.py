@@ -102,11 +102,6 @@ class ResumePlan:
         return self.streams["train"]
 
     @property
-    def train_batch_size(self) -> int:
-        """Samples of the next step."""
-        return self.train.state.segments.at_step(self.next_step).batch_size
-
-    @property
     def exit_status(self) -> int:
         """Return 0 if the launch goes ahead, 1 if it is refused, 2 if what it costs is unknown."""
         if self.problems:

@@ -60,7 +60,7 @@ def test_a_dataset_that_is_drawn_once_in_a_million_is_found():
 
 
 @given(orders(), orders(), st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
-@settings(max_examples=400)
+@settings(max_examples=300)
 def test_counts_equal_brute_force(before, after, start, other_start, number):
     compared = compare(
         component_ranges(before, start, start + number),
