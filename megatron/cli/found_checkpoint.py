@@ -87,7 +87,7 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
     return Found(
         path=str(checkpoint),
         record=record,
-        newest_step=max(list_checkpoints(checkpoint.parent), default=None),
+        newest_step=_newest_step(config, checkpoint),
         reason=source.decision.reason if source.instruction is not None else "",
         learning_rates=_learning_rates(config, schedule),
         optimizer_steps=schedule.get("num_iters") if isinstance(schedule, Mapping) else None,
@@ -96,6 +96,14 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
         else numerics_of(writer.topology, writer.geometry, writer.config, writer.environment),
         without_effect=None if writer is None else without_effect_of(writer.config),
     )
+
+
+def _newest_step(config: RunConfig, checkpoint: Path) -> int | None:
+    """Return the newest checkpoint that a roll-back leaves behind; elsewhere nothing is."""
+    save = config.training.save
+    if save is None or checkpoint.parent.resolve() != Path(save).resolve():
+        return None
+    return max(list_checkpoints(checkpoint.parent), default=None)
 
 
 def _metadata(checkpoint: Path) -> dict[str, Any]:
