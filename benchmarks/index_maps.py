@@ -25,12 +25,8 @@ import numpy as np
 
 from megatron.stream.index_file import read_index, write_index
 from megatron.stream.index_map_files import MapRequest, build_map_files
-from megatron.stream.index_maps import (
-    PackedMaps,
-    PackedShape,
-    build_packed_maps,
-    count_tokens,
-)
+from megatron.stream.index_maps import IndexMaps, PackedShape, count_tokens
+from megatron.stream.map_recipes import PackedRecipe
 
 SEED = 1234
 SEQ_LENGTH = 2048
@@ -102,7 +98,8 @@ def _measure(name: str, folder: Path, epochs: int) -> dict[str, Any]:
     index = read_index(folder / "corpus.idx")
     documents = range(len(index.sizes))
     shape = PackedShape(documents, count_tokens(index.sizes, documents), epochs, SEQ_LENGTH)
-    request = MapRequest(index, shape, SEED, str(folder / "maps"))
+    recipe = PackedRecipe(index.sizes, shape, SEED)
+    request = MapRequest((index.path,), recipe, str(folder / "maps"))
     helper = _megatron_core_helpers()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _resident_bytes("VmRSS")
@@ -117,30 +114,30 @@ def _measure(name: str, folder: Path, epochs: int) -> dict[str, Any]:
     }
 
 
-def _ours(request: MapRequest, _: Any) -> PackedMaps:
-    return build_packed_maps(request.index.sizes, request.shape, request.seed)
+def _ours(request: MapRequest[Any], _: Any) -> IndexMaps:
+    return request.recipe.build()
 
 
-def _ours_in_files(request: MapRequest, _: Any) -> None:
+def _ours_in_files(request: MapRequest[Any], _: Any) -> None:
     build_map_files(request)
 
 
-def _theirs(request: MapRequest, helper: Any) -> PackedMaps:
-    shape, random = request.shape, np.random.RandomState(request.seed)
+def _theirs(request: MapRequest[Any], helper: Any) -> IndexMaps:
+    shape, random = request.recipe.shape, np.random.RandomState(SEED)
     doc_idx = np.mgrid[0 : shape.num_epochs, 0 : len(shape.documents)][1]
     doc_idx = doc_idx.reshape(-1).astype(np.int32)
     random.shuffle(doc_idx)
     build = getattr(helper, f"build_sample_idx_{shape.sample_idx_dtype}")
-    sizes = np.require(request.index.sizes, requirements="A")
+    sizes = np.require(request.recipe.sizes, requirements="A")
     sample_idx = build(
         sizes, doc_idx, SEQ_LENGTH, shape.num_epochs, shape.tokens_per_epoch, True, 1
     )
     shuffle_idx = np.arange(shape.num_samples, dtype=shape.shuffle_idx_dtype)
     random.shuffle(shuffle_idx)
-    return PackedMaps(doc_idx, sample_idx, shuffle_idx)
+    return IndexMaps(doc_idx, sample_idx, shuffle_idx)
 
 
-def _theirs_in_files(request: MapRequest, helper: Any) -> None:
+def _theirs_in_files(request: MapRequest[Any], helper: Any) -> None:
     for name, array in vars(_theirs(request, helper)).items():
         np.save(request.paths(request.stem)[name], array)
 

@@ -27,7 +27,7 @@ class RankContext:
     init_method: str  # for torch.distributed.init_process_group: a file store, so no ports
 
 
-class WorldFailed(AssertionError):
+class WorldFailed(AssertionError):  # noqa: N818 - reads as the sentence it is
     """At least one rank failed; the message holds every traceback, labelled with its rank."""
 
 
@@ -79,7 +79,7 @@ def _run_rank(
     try:
         writer.send(("ok", worker(context)))
         code = 0
-    except BaseException:  # the parent reports it, whatever it is
+    except BaseException:  # noqa: BLE001 - the parent reports it, whatever it is
         writer.send(("failed", traceback.format_exc()))
         code = 1
     writer.close()
@@ -97,7 +97,7 @@ def _collect(
         ready = wait(list(waiting), timeout=max(0.0, left))
         if not ready:
             reason = "survivor, killed" if failures else f"no answer within {timeout_s} s"
-            failures.update({rank: reason for rank in waiting.values()})
+            failures.update(dict.fromkeys(waiting.values(), reason))
             break
         for pipe in ready:
             rank = waiting.pop(pipe)

@@ -132,6 +132,8 @@ def load_checkpoint(
     if prepared.optimizer is not None:
         load_engine_state(engine, prepared.optimizer, settings)
         _apply_counters(engine, prepared.metadata)
+        # The optimizer's state brought the rate it was saved with.
+        engine.lr_scheduler.apply()
         all_or_none(lambda: require_matching_masters(engine, directory), gather)
     elif prepared.weights is not None and hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()

@@ -87,14 +87,14 @@ def decide(instruction: Instruction | None, attempts: Sequence[InstructedAttempt
     for attempt in reversed(attempts):
         if attempt.instruction != instruction:
             break
-        committed.extend(attempt.committed_steps)
+        committed = [*attempt.committed_steps, *committed]
         if not attempt.obeyed:
             continue
         if committed:
             return Decision(
                 False,
                 f"{instruction}: done by attempt {attempt.number}, which has saved since "
-                f"(newest: step {committed[0]}); the run continues from there",
+                f"(newest: step {committed[-1]}); the run continues from there",
             )
         return Decision(
             True, f"{instruction}: attempt {attempt.number} did so too, but saved nothing"

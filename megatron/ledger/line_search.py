@@ -90,7 +90,7 @@ def _offset(data: bytes, step: int) -> int:
     if found >= 0:
         return found + 1
     first = _FIRST_STEP.search(data)
-    return 0 if first is not None and int(first[1]) > step else len(data)
+    return len(data) if first is not None and int(first[1]) < step else 0
 
 
 def _backwards(path: Path, data: bytes, prefix: bytes) -> Iterator[Line]:

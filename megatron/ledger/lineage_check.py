@@ -55,12 +55,20 @@ class _Lines:
     """The lines of one file up to the first bad one."""
 
     path: Path
+    texts: Sequence[bytes]
     good: tuple[Line, ...]
     finding: Finding | None
 
     @property
     def chains(self) -> set[str | None]:
         return {line.chain for line in self.good}
+
+    @property
+    def stated_chains(self) -> set[str | None]:
+        """Also of lines behind the bad one."""
+        if self.finding is None:
+            return self.chains
+        return {line.chain for line in _others(self.texts, 0).values()}
 
 
 def check_lineage(lineage: Lineage) -> LineageCheck:
@@ -107,14 +115,14 @@ def check_abandoned(save: Path, lineage: Lineage) -> tuple[Finding, ...]:
         known.add(facts.run_id)
         findings.extend(_check_origin(path, facts, known))
         lines = _read(path, facts.begin.chain, facts.begin.step + 1)
-        known |= lines.chains
+        known |= lines.stated_chains
         span = covered.get((facts.run_id, facts.number))
+        if span is not None and span.chain not in lines.chains:
+            continue  # check_lineage says so
         if lines.finding is not None:
-            # The lines a checkpoint covers are check_lineage's.
-            if span is None or span.chain in lines.chains:
-                findings.append(lines.finding)
-            continue
-        findings.extend(_check_end(lines, facts))
+            findings.append(lines.finding)
+        else:
+            findings.extend(_check_end(lines, facts))
     return tuple(findings)
 
 
@@ -256,16 +264,16 @@ def _read(path: Path, previous: str, first_step: int) -> _Lines:
             if is_last:
                 break  # torn, or being written
             found = Finding(path, number, expected, f"this is no record ({error}); it was changed")
-            return _Lines(path, tuple(good), found)
+            return _Lines(path, texts, tuple(good), found)
         record = line.record
         is_next = isinstance(record, EvaluationRecord) or record.step == expected
         if next_chain(previous, line.body) != line.chain or not is_next:
             reason = _reason(texts, line, expected)
-            return _Lines(path, tuple(good), Finding(path, number, expected, reason))
+            return _Lines(path, texts, tuple(good), Finding(path, number, expected, reason))
         good.append(line)
         previous = line.chain
         expected += isinstance(record, StepRecord)
-    return _Lines(path, tuple(good), None)
+    return _Lines(path, texts, tuple(good), None)
 
 
 def _reason(texts: Sequence[bytes], line: Line, expected: int) -> str:

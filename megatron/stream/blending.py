@@ -98,6 +98,49 @@ class Blend:
             samples[where] = drawn_samples[offsets[where]]
         return datasets, samples
 
+    def counts(self, position: int) -> NDArray[np.int64]:
+        """Return how many of the first ``position`` draws each dataset gave."""
+        if self.num_datasets == 1:
+            return np.array([position], dtype=np.int64)
+        chunk, offset = divmod(position, DRAWS_PER_CHUNK)
+        if offset == 0:
+            with self._lock:
+                self._extend(chunk)
+            drawn = np.zeros(self.num_datasets, dtype=np.int64)
+        else:
+            datasets, _ = self._chunk(chunk)
+            drawn = np.bincount(datasets[:offset], minlength=self.num_datasets)
+        drawn += self._counts[chunk]
+        return drawn
+
+    def positions(self, dataset: int, samples: NDArray[np.int64], stop: int) -> NDArray[np.int64]:
+        """Return the positions that draw a dataset's samples; the inverse of :meth:`locate`.
+
+        Args:
+            dataset: index of the dataset.
+            samples: how-manieth of its samples, from 0; ascending.
+            stop: all of them are drawn before this position.
+
+        Raises:
+            ValueError: they are not.
+        """
+        if len(samples) and samples[-1] >= (drawn := int(self.counts(stop)[dataset])):
+            raise ValueError(
+                f"dataset {dataset} gives {drawn} samples before position {stop}, not "
+                f"{samples[-1] + 1}"
+            )
+        if self.num_datasets == 1:
+            return samples
+        known = self._counts[: stop // DRAWS_PER_CHUNK + 1, dataset]
+        chunks = np.searchsorted(known, samples, side="right") - 1
+        positions = np.empty(len(samples), dtype=np.int64)
+        for chunk, where in groups(chunks):
+            datasets, _ = self._chunk(chunk)
+            offsets = np.flatnonzero(datasets == dataset)
+            index = samples[where] - self._counts[chunk, dataset]
+            positions[where] = chunk * DRAWS_PER_CHUNK + offsets[index]
+        return positions
+
     @property
     def name(self) -> str:
         """Sixteen hexadecimal digits that name the weights; equal weights draw equally."""

@@ -1,42 +1,37 @@
 """Index maps kept in NeoX's cache files beside the dataset, and never used when stale.
 
-NeoX takes any files of the right name. Here a sidecar says which dataset files, documents and map
-files belong together; maps without one that fits (NeoX's own, v1.0's, or stale ones) are checked
-against the dataset once and rebuilt if they don't fit.
+NeoX takes any files of the right name. Here a sidecar says which dataset, documents and map files
+belong together; maps without one that fits (NeoX's own, v1.0's, or stale ones) are checked against
+the dataset once and rebuilt if they don't fit. Names carry how many samples a run asked for, which
+the maps themselves don't depend on beyond their epochs; so equal maps of another name are found by
+their sidecars, and used or linked instead of computed again.
 """
 
 import contextlib
 import fcntl
+import glob
+import itertools
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import DatasetError
-from megatron.stream import compiled
-from megatron.stream.index_file import IndexFile
-from megatron.stream.index_maps import (
-    PackedMaps,
-    PackedShape,
-    build_packed_maps,
-    sample_rows,
-    shuffled_documents,
-    shuffled_samples,
-)
-from megatron.stream.legacy_random import LegacyGenerator
-from megatron.stream.replaced_file import replaced_file
+from megatron.stream.identity import file_status
+from megatron.stream.map_recipes import MapRecipe
 
 __all__ = [
     "MapRequest",
     "build_map_files",
+    "foreign_stems",
     "neox_stems",
     "open_map_files",
     "open_or_build_maps",
@@ -44,23 +39,53 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MAPS = ("doc_idx", "sample_idx", "shuffle_idx")
-_SIDECAR_VERSION = 1
+_SIDECAR_VERSION = 2
+_SIDECAR_SUFFIX = "_checked.json"
+_Maps = TypeVar("_Maps")
 
 
 @dataclass(frozen=True)
-class MapRequest:
+class MapRequest(Generic[_Maps]):
     """Which maps are wanted, and the files that hold them."""
 
-    index: IndexFile
-    shape: PackedShape
-    seed: int
+    sources: tuple[Path, ...]  # files that the maps are made from; the .idx first
+    recipe: MapRecipe[_Maps]
     stem: str  # path without _doc_idx.npy and so on
     other_stems: tuple[str, ...] = ()  # tried when ``stem`` has no files
+    identity: str | None = None  # of the dataset's content, if it is known
+    foreign: tuple[str, ...] = ()  # may be these maps, or others; nothing is said if they aren't
+    similar: str | None = None  # equal maps whose path begins so are used too
+    is_name_kept: bool = True
+    """Whether files of the name ``stem`` must exist afterwards; equal ones are linked to it. Then
+    only maps built here count as equal: whether others' are shuffled as NeoX does isn't checked."""
 
     def paths(self, stem: str) -> dict[str, Path]:
-        """Return the files of the three arrays."""
-        return {name: Path(f"{stem}_{name}.npy") for name in _MAPS}
+        """Return the files of the arrays."""
+        return {name: Path(f"{stem}_{name}.npy") for name in self.recipe.names}
+
+    def named_stems(self) -> Iterator[str]:
+        """Yield the stems of the wanted names whose files are all there."""
+        for stem in (self.stem, *self.other_stems):
+            if all(path.exists() for path in self.paths(stem).values()):
+                yield stem
+
+    def equal_stems(self) -> Iterator[str]:
+        """Yield the stems of maps under other names that sidecars say to be the same."""
+        if self.similar is None:
+            return
+        origins = ("built",) if self.is_name_kept else ("built", "checked")
+        for sidecar in sorted(glob.glob(f"{glob.escape(self.similar)}*{_SIDECAR_SUFFIX}")):
+            stem = sidecar.removesuffix(_SIDECAR_SUFFIX)
+            if stem in (self.stem, *self.other_stems):
+                continue
+            if _read_json(Path(sidecar)).get("origin") in origins and _sidecar_fits(self, stem):
+                yield stem
+
+    def foreign_stems(self) -> Iterator[str]:
+        """Yield those of ``foreign`` that have the types and lengths of the maps."""
+        for stem in self.foreign:
+            if _load(self, stem)[0] is not None:
+                yield stem
 
 
 def neox_stems(
@@ -71,8 +96,9 @@ def neox_stems(
     seq_length: int,
     seed: int,
     allow_chopped: bool,
+    packing: str = "packed",
 ) -> tuple[str, str]:
-    """Return the stems under which NeoX's main and v1.0 keep the maps of packed samples.
+    """Return the stems under which NeoX's main and v1.0 keep index maps.
 
     Args:
         prefix: of the dataset.
@@ -80,76 +106,97 @@ def neox_stems(
         num_samples: samples asked of this dataset; NeoX writes None for one epoch.
         seq_length: tokens a sample consumes.
         seed: the configuration's.
-        allow_chopped: only a part of main's name; packed samples are always chopped.
+        allow_chopped: of the configuration; for packed samples only a part of main's name.
+        packing: NeoX's pack_impl; v1.0 knows packed samples only.
     """
     v1_stem = f"{prefix}_{name}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s"
-    return f"{v1_stem}_packedpi" + ("_ac" if allow_chopped else ""), v1_stem
+    return f"{v1_stem}_{packing}pi" + ("_ac" if allow_chopped else ""), v1_stem
 
 
-def build_map_files(request: MapRequest) -> None:
+def foreign_stems(
+    prefix: str, *, seq_length: int, seed: int, packing: str, allow_chopped: bool
+) -> tuple[str, ...]:
+    """Return the stems beside a dataset that NeoX may have given to maps of any length of run."""
+    if packing == "packed":
+        endings = ["", "_packedpi", "_packedpi_ac"]
+    else:
+        endings = [f"_{packing}pi" + ("_ac" if allow_chopped else "")]
+    found = [
+        path.removesuffix("_doc_idx.npy")
+        for ending in endings
+        for path in glob.glob(
+            f"{glob.escape(prefix)}_*_indexmap_*ns_{seq_length}sl_{seed}s{ending}_doc_idx.npy"
+        )
+    ]
+    return tuple(sorted(found))
+
+
+def build_map_files(request: MapRequest[Any]) -> None:
     """Make sure that files fit for ``request`` exist: check those that are there, or write them.
 
     Raises:
         DatasetError: they cannot be written.
     """
-    for stem in (request.stem, *request.other_stems):
-        if not all(path.exists() for path in request.paths(stem).values()):
-            continue
-        if _sidecar_fits(request, stem):
-            return
-        problem = _find_problem(request, stem)
+    for stem in request.named_stems():
+        problem = _checked(request, stem)
         if problem is None:
-            _write_sidecar(request, stem)
             return
         logger.warning(
             "index maps %s_*.npy do not fit the dataset and are not used: %s", stem, problem
         )
+    for stem in request.equal_stems():
+        if not request.is_name_kept or _link(request, stem):
+            return
+    if any(_checked(request, stem) is None for stem in request.foreign_stems()):
+        return
     try:
-        _write_maps(request)
+        request.recipe.write(request.paths(request.stem))
     except OSError as error:
         raise DatasetError(
             f"cannot write the index maps {request.stem}_*.npy: {error}; make the folder "
             "writable, or link the dataset's .bin and .idx into one that is"
         ) from error
-    _write_sidecar(request, request.stem)
+    _write_sidecar(request, request.stem, "built")
 
 
-def open_map_files(request: MapRequest) -> PackedMaps:
+def open_map_files(request: MapRequest[_Maps]) -> _Maps:
     """Map the files that :func:`build_map_files` left, in this or another process.
 
     Raises:
         DatasetError: there are none that fit.
     """
-    for stem in (request.stem, *request.other_stems):
-        paths = request.paths(stem)
-        if not all(path.exists() for path in paths.values()):
-            continue
-        maps, problem = _load(request.shape, paths)
-        if maps is not None and (
-            _sidecar_fits(request, stem) or _find_problem(request, stem) is None
+    stems = (request.named_stems(), request.equal_stems(), request.foreign_stems())
+    for stem in itertools.chain.from_iterable(stems):
+        arrays, problem = _load(request, stem)
+        if arrays is not None and (
+            _sidecar_fits(request, stem) or request.recipe.problem_of_content(arrays) is None
         ):
-            return maps
+            return request.recipe.assemble(arrays)
         logger.debug("index maps %s: %s", stem, problem)
     raise DatasetError(
-        f"the index maps {request.stem}_*.npy are missing or do not fit {request.index.path}: "
+        f"the index maps {request.stem}_*.npy are missing or do not fit {request.sources[0]}: "
         "the process that builds them failed, works on another file system "
         "(use_shared_fs: false), or another job replaced them (same dataset, other split); "
         "start again"
     )
 
 
-def open_or_build_maps(request: MapRequest) -> PackedMaps:
+def open_or_build_maps(request: MapRequest[_Maps]) -> _Maps:
     """Open the files for ``request``; whoever comes first, at any time, builds them.
 
     Where nothing can be written the maps are computed in memory.
     """
+    try:
+        return open_map_files(request)
+    except DatasetError:
+        pass  # nothing fits yet
     try:
         with _locked(Path(f"{request.stem}.lock")):
             build_map_files(request)
         return open_map_files(request)
     except (OSError, DatasetError) as error:
         logger.warning("%s; they are computed in the memory of every reading process", error)
-        return build_packed_maps(request.index.sizes, request.shape, request.seed)
+        return request.recipe.build()
 
 
 @contextlib.contextmanager
@@ -159,115 +206,88 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write_maps(request: MapRequest) -> None:
-    # Rows are written as they are computed, and the samples are shuffled meanwhile: at no time is
-    # more in memory than doc_idx, shuffle_idx and one piece of sample_idx.
-    shape, paths = request.shape, request.paths(request.stem)
-    generator = LegacyGenerator(request.seed)
-    doc_idx = shuffled_documents(shape, generator)
-    with ThreadPoolExecutor(1) as thread:
-        shuffle_idx = thread.submit(shuffled_samples, shape, generator)
-        with replaced_file(paths["doc_idx"]) as file:
-            np.save(file, doc_idx)
-        with replaced_file(paths["sample_idx"]) as file:
-            _write_rows(file, sample_rows(request.index.sizes, doc_idx, shape), shape)
-        del doc_idx
-        with replaced_file(paths["shuffle_idx"]) as file:
-            np.save(file, shuffle_idx.result())
-
-
-def _write_rows(file: BinaryIO, pieces: Iterator[NDArray[Any]], shape: PackedShape) -> None:
-    header = {
-        "descr": np.lib.format.dtype_to_descr(shape.sample_idx_dtype),
-        "fortran_order": False,
-        "shape": (shape.num_samples + 1, 2),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
-    for rows in pieces:
-        file.write(rows.data)
-
-
-def _load(shape: PackedShape, paths: dict[str, Path]) -> tuple[PackedMaps, None] | tuple[None, str]:
-    """Map the files; or say why they cannot be maps of ``shape``."""
-    arrays = {}
-    for name, path in paths.items():
+def _load(
+    request: MapRequest[Any], stem: str
+) -> tuple[dict[str, NDArray[Any]], None] | tuple[None, str]:
+    """Map the files; or say why they cannot be the maps."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, path in request.paths(stem).items():
         try:
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:  # what np.load raises for a damaged file
             return None, f"{path.name} cannot be read ({error})"
         # A plain array on the same pages: the memmap class makes every small look-up slower.
         arrays[name] = mapped.view(np.ndarray)
-    integers = (np.dtype(np.int32), np.dtype(np.int64))
-    expected = {
-        "doc_idx": ((shape.num_epochs * len(shape.documents),), integers[:1]),
-        "sample_idx": ((shape.num_samples + 1, 2), integers),
-        "shuffle_idx": ((shape.num_samples,), (np.dtype(np.uint32), integers[1])),
-    }
-    for name, (size, dtypes) in expected.items():
-        found = arrays[name]
-        if found.shape != size or found.dtype not in dtypes:
-            return None, f"{name} is {found.dtype}{found.shape}, expected {dtypes[0]}{size}"
-    return PackedMaps(**arrays), None
+    problem = request.recipe.problem_of_form(arrays)
+    return (arrays, None) if problem is None else (None, problem)
 
 
-def _find_problem(request: MapRequest, stem: str) -> str | None:
-    """Check maps of unknown origin against the dataset; return what is wrong."""
-    shape = request.shape
-    maps, problem = _load(shape, request.paths(stem))
-    if maps is None:
-        return problem
-    if not _occur(maps.doc_idx, shape.documents, shape.num_epochs):
-        return (
-            f"doc_idx is not {shape.num_epochs} times documents {shape.documents.start}"
-            f"..{shape.documents.stop - 1} (another split or corpus)"
-        )
-    checked = 0
-    for rows in sample_rows(request.index.sizes, maps.doc_idx, shape):
-        if not np.array_equal(maps.sample_idx[checked : checked + len(rows)], rows):
-            return "sample_idx is not what the document sizes give (the corpus has changed)"
-        checked += len(rows)
-    if not _occur(maps.shuffle_idx, range(shape.num_samples), 1):
-        return "shuffle_idx is not a permutation of the samples"
-    return None
+def _checked(request: MapRequest[Any], stem: str) -> str | None:
+    """Return what is wrong with existing maps; those of unknown origin are looked through once."""
+    if _sidecar_fits(request, stem):
+        return None
+    arrays, problem = _load(request, stem)
+    if arrays is not None:
+        problem = request.recipe.problem_of_content(arrays)
+    if problem is None:
+        _write_sidecar(request, stem, "checked")
+    return problem
 
 
-def _occur(values: NDArray[Any], numbers: range, times: int) -> bool:
-    """Whether ``values`` holds each of the consecutive ``numbers`` exactly ``times`` times."""
-    # Counters stop at their maximum, so the small type can tell up to 254 from more.
-    counters = np.zeros(len(numbers), dtype=np.uint8 if times < 255 else np.uint32)
-    inside = compiled.count_occurrences(values, numbers.start, counters)
-    return inside and bool((counters == times).all())
+def _link(request: MapRequest[Any], equal_stem: str) -> bool:
+    """Give equal maps the wanted name too; False where the file system can't."""
+    targets = request.paths(request.stem)
+    try:
+        for name, path in request.paths(equal_stem).items():
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+            os.link(path, temporary)
+            os.replace(temporary, targets[name])
+    except OSError:
+        return False
+    _write_sidecar(request, request.stem, "built")
+    return True
 
 
 def _sidecar_path(stem: str) -> Path:
-    return Path(f"{stem}_checked.json")
+    return Path(f"{stem}{_SIDECAR_SUFFIX}")
 
 
-def _sidecar(request: MapRequest, stem: str) -> dict[str, Any]:
-    documents = request.shape.documents
+def _sidecar(request: MapRequest[Any], stem: str) -> dict[str, Any]:
     return {
         "version": _SIDECAR_VERSION,
-        "documents": [documents.start, documents.stop],
-        "tokens_per_epoch": request.shape.tokens_per_epoch,
-        "index_file": _file_identity(request.index.path),
-        "maps": {name: _file_identity(path) for name, path in request.paths(stem).items()},
+        "dataset": request.identity,
+        "maps_of": request.recipe.facts,
+        "sources": [file_status(path) for path in request.sources],
+        "maps": {name: file_status(path) for name, path in request.paths(stem).items()},
     }
 
 
-def _file_identity(path: Path) -> dict[str, int]:
-    status = os.stat(path)
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
-
-
-def _sidecar_fits(request: MapRequest, stem: str) -> bool:
-    try:
-        recorded = json.loads(_sidecar_path(stem).read_bytes())
-    except (OSError, ValueError):
+def _sidecar_fits(request: MapRequest[Any], stem: str) -> bool:
+    recorded = _read_json(_sidecar_path(stem))
+    if recorded.get("maps_of") != request.recipe.facts:
         return False
-    return bool(recorded == _sidecar(request, stem))
+    try:
+        wanted = _sidecar(request, stem)
+    except FileNotFoundError:
+        return False
+    if any(recorded.get(key) != wanted[key] for key in ("version", "maps")):
+        return False
+    if None in (recorded.get("dataset"), request.identity):
+        return bool(recorded.get("sources") == wanted["sources"])
+    return bool(recorded["dataset"] == request.identity)
 
 
-def _write_sidecar(request: MapRequest, stem: str) -> None:
+def _write_sidecar(request: MapRequest[Any], stem: str, origin: str) -> None:
     # Without it (a read-only folder) the maps are checked again at the next start.
     with contextlib.suppress(OSError):
-        write_atomically(_sidecar_path(stem), json.dumps(_sidecar(request, stem), indent=1) + "\n")
+        content = {**_sidecar(request, stem), "origin": origin}
+        write_atomically(_sidecar_path(stem), json.dumps(content, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; empty if there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -22,7 +22,7 @@ from megatron.stream import compiled
 from megatron.stream.legacy_random import LegacyGenerator
 
 __all__ = [
-    "PackedMaps",
+    "IndexMaps",
     "PackedShape",
     "build_packed_maps",
     "count_tokens",
@@ -68,10 +68,10 @@ class PackedShape:
 
 
 @dataclass(frozen=True)
-class PackedMaps:
+class IndexMaps:
     """The three arrays; in memory or mapped from files."""
 
-    doc_idx: NDArray[np.int32]  # (num_epochs * num_documents,)
+    doc_idx: NDArray[Any]  # (num_epochs * num_documents,), int32; int64 if not packed
     sample_idx: NDArray[Any]  # (num_samples + 1, 2), int32 or int64
     shuffle_idx: NDArray[Any]  # (num_samples,), uint32 or int64
 
@@ -105,7 +105,7 @@ def epochs_needed(tokens_per_epoch: int, seq_length: int, num_samples: int) -> i
     return max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
 
 
-def build_packed_maps(sizes: NDArray[np.int32], shape: PackedShape, seed: int) -> PackedMaps:
+def build_packed_maps(sizes: NDArray[np.int32], shape: PackedShape, seed: int) -> IndexMaps:
     """Compute the three arrays in memory."""
     generator = LegacyGenerator(seed)
     doc_idx = shuffled_documents(shape, generator)
@@ -114,7 +114,7 @@ def build_packed_maps(sizes: NDArray[np.int32], shape: PackedShape, seed: int) -
     for rows in sample_rows(sizes, doc_idx, shape):
         sample_idx[filled : filled + len(rows)] = rows
         filled += len(rows)
-    return PackedMaps(doc_idx, sample_idx, shuffled_samples(shape, generator))
+    return IndexMaps(doc_idx, sample_idx, shuffled_samples(shape, generator))
 
 
 def shuffled_documents(shape: PackedShape, generator: LegacyGenerator) -> NDArray[np.int32]:

@@ -6,7 +6,7 @@ length of the run are no part of them.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from megatron.base.errors import DatasetError
@@ -25,13 +25,33 @@ class ComponentDescription:
     first_document: int
     stop_document: int
     occurrence: int = 0  # counts equal (dataset, documents) within one order
-    head_epochs: int | None = None  # of NeoX's index maps; None: it begins with tail block 1
+    head_epochs: int | None = None  # of NeoX's maps of packed samples; 1 for sequential data
+    head_samples: int | None = None  # of NeoX's maps of the other packings; both None: no head,
+    # it begins with tail block 1
     start: int = 0  # the component's position that its first draw gives
 
     @property
     def key(self) -> str:
         """Name what a cursor belongs to: the same documents, whatever was drawn of them before."""
         return f"{self.dataset}:{self.first_document}-{self.stop_document}#{self.occurrence}"
+
+    @property
+    def documents(self) -> range:
+        """The documents of the dataset that it is made of."""
+        return range(self.first_document, self.stop_document)
+
+    def continued(self, earlier: Self, cursor: int) -> Self:
+        """Return this component as it goes on: with the head it began with, from ``cursor``."""
+        return replace(
+            self,
+            head_epochs=earlier.head_epochs,
+            head_samples=earlier.head_samples,
+            start=cursor,
+        )
+
+    def without_head(self) -> Self:
+        """Return this component beginning with tail block 1, as one added later does."""
+        return replace(self, head_epochs=None, head_samples=None, start=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,8 +114,7 @@ class TokenBytes:
             compiled.copy_spans(self._map(0), out, starts, targets, sizes)
             return
         stops = starts + sizes
-        first = np.searchsorted(self._starts, starts, side="right") - 1
-        last = np.searchsorted(self._starts, np.maximum(stops - 1, starts), side="right") - 1
+        first, last = self.shards_of(starts, stops)
         if len(starts) and (starts.min() < 0 or stops.max() > self.size):
             raise ValueError("a span leaves the dataset")
         for index in range(int(first.min(initial=0)), int(last.max(initial=-1)) + 1):
@@ -127,6 +126,14 @@ class TokenBytes:
             end = np.minimum(stops[chosen], shard.stop)
             target = targets[chosen] + (begin - starts[chosen])
             compiled.copy_spans(self._map(index), out, begin - shard.start, target, end - begin)
+
+    def shards_of(
+        self, starts: NDArray[np.int64], stops: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the indices of the first and the last shard that hold each span of bytes."""
+        first = np.searchsorted(self._starts, starts, side="right") - 1
+        last = np.searchsorted(self._starts, np.maximum(stops - 1, starts), side="right") - 1
+        return first, last
 
     def warm_up(self) -> None:
         """Read every shard once, so that the page cache holds what fits."""

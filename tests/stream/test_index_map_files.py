@@ -1,5 +1,6 @@
 """Cache files: NeoX's names and bytes, v1.0's read, and stale ones never used silently."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from megatron.base.errors import DatasetError
-from megatron.stream import index_map_files
 from megatron.stream.index_map_files import (
     MapRequest,
     build_map_files,
@@ -18,11 +18,11 @@ from megatron.stream.index_map_files import (
 )
 from megatron.stream.index_maps import (
     PackedShape,
-    build_packed_maps,
     count_tokens,
     epochs_needed,
 )
 from megatron.stream.indexed_dataset import IndexedDataset
+from megatron.stream.map_recipes import PackedRecipe
 from tests.stream.recorded import DATA, copy_datasets, write_dataset
 
 RECORDED = DATA / "oracle" / "corpus_a_text_document_train_indexmap_160ns_64sl_1234s_packedpi_ac"
@@ -41,7 +41,9 @@ def request(folder, *, documents=range(360), suffix="_packedpi_ac", others=()):
     stem = f"{dataset.prefix}_train_indexmap_160ns_64sl_1234s"
     tokens = count_tokens(dataset.sizes, documents)
     shape = PackedShape(documents, tokens, epochs_needed(tokens, 64, 160), 64)
-    return MapRequest(dataset.index, shape, 1234, stem + suffix, tuple(stem + o for o in others))
+    recipe = PackedRecipe(dataset.sizes, shape, 1234)
+    sources = (dataset.index.path,)
+    return MapRequest(sources, recipe, stem + suffix, tuple(stem + o for o in others))
 
 
 def put_recorded(folder, suffix="_packedpi_ac"):
@@ -87,7 +89,7 @@ def test_neoxs_own_files_are_checked_once_and_kept(folder, monkeypatch):
     def checked_again(*_):
         raise AssertionError("the sidecar should have sufficed")
 
-    monkeypatch.setattr(index_map_files, "_find_problem", checked_again)
+    monkeypatch.setattr(PackedRecipe, "problem_of_content", checked_again)
     build_map_files(wanted)
     open_map_files(wanted)
 
@@ -105,7 +107,7 @@ def test_stale_v1_files_lead_to_new_ones_under_mains_name(folder):
     wanted = request(folder, documents=range(200), others=("",))
     build_map_files(wanted)
     assert len(list(folder.glob("*packedpi_ac_*.npy"))) == 3
-    assert_equal(open_map_files(wanted), build_packed_maps(wanted.index.sizes, wanted.shape, 1234))
+    assert_equal(open_map_files(wanted), wanted.recipe.build())
 
 
 def _other_split(folder):
@@ -199,7 +201,7 @@ def test_stale_files_are_told_and_replaced(folder, caplog, make_stale, reason):
     with caplog.at_level(logging.WARNING):
         build_map_files(wanted)
     assert reason in caplog.text
-    assert_equal(open_map_files(wanted), build_packed_maps(wanted.index.sizes, wanted.shape, 1234))
+    assert_equal(open_map_files(wanted), wanted.recipe.build())
 
 
 def test_a_sidecar_does_not_cover_files_replaced_later(folder, caplog):
@@ -227,7 +229,7 @@ def test_a_sidecar_does_not_cover_an_index_changed_later(folder, caplog):
     assert "the corpus has changed" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 2}', "not json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}', "not json"])
 def test_a_sidecar_of_another_kind_is_replaced(folder, content):
     wanted = request(folder)
     build_map_files(wanted)
@@ -236,7 +238,8 @@ def test_a_sidecar_of_another_kind_is_replaced(folder, content):
     before = inodes(wanted.stem)
     sidecar.write_text(content)
     build_map_files(wanted)
-    assert json.loads(sidecar.read_text()) == recorded
+    # What is known now is that the maps fit, not who made them.
+    assert json.loads(sidecar.read_text()) == {**recorded, "origin": "checked"}
     assert inodes(wanted.stem) == before
 
 
@@ -244,7 +247,8 @@ def test_many_epochs_are_checked_beyond_the_small_counters(tmp_path):
     prefix = write_dataset(tmp_path / "d", [[1, 2, 3]])
     dataset = IndexedDataset(prefix)
     shape = PackedShape(range(1), 3, 400, 2)
-    wanted = MapRequest(dataset.index, shape, 5, prefix + "_many")
+    recipe = PackedRecipe(dataset.sizes, shape, 5)
+    wanted = MapRequest((dataset.index.path,), recipe, prefix + "_many")
     build_map_files(wanted)
     os.unlink(prefix + "_many_checked.json")
     before = inodes(wanted.stem)
@@ -265,17 +269,17 @@ def test_stale_files_are_not_opened(folder):
 
 def test_a_folder_that_cannot_be_written_is_named(folder):
     wanted = request(folder)
-    blocked = MapRequest(wanted.index, wanted.shape, 1234, str(folder / "absent" / "maps"))
+    blocked = dataclasses.replace(wanted, stem=str(folder / "absent" / "maps"))
     with pytest.raises(DatasetError, match=r"cannot write the index maps .* make the folder"):
         build_map_files(blocked)
 
 
 def test_maps_nobody_can_write_are_computed_in_memory(folder, caplog):
     wanted = request(folder)
-    blocked = MapRequest(wanted.index, wanted.shape, 1234, str(folder / "absent" / "maps"))
+    blocked = dataclasses.replace(wanted, stem=str(folder / "absent" / "maps"))
     maps = open_or_build_maps(blocked)
     assert "in the memory of every reading process" in caplog.text
-    assert_equal(maps, build_packed_maps(wanted.index.sizes, wanted.shape, 1234))
+    assert_equal(maps, wanted.recipe.build())
 
 
 def test_maps_wanted_at_any_time_are_built_by_whoever_comes_first(folder):

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from megatron.base.errors import DatasetError
 from megatron.stream.index_maps import (
-    PackedMaps,
+    IndexMaps,
     PackedShape,
     build_packed_maps,
     epochs_needed,
 )
 from megatron.stream.indexed_dataset import IndexedDataset
-from megatron.stream.orders import PackedOrder, tail_seed
+from megatron.stream.mapped_order import MappedOrder
+from megatron.stream.orders import TailBlocks, tail_seed
 from tests.stream.recorded import GOLDEN, write_dataset
 
 
@@ -24,17 +25,22 @@ def open_order(dataset, *, seq_length, num_epochs, seed, documents=None):
     tokens = int(dataset.sizes[documents.start : documents.stop].sum())
     shape = PackedShape(documents, tokens, num_epochs, seq_length)
     tail = PackedShape(documents, tokens, epochs_needed(tokens, seq_length, 1), seq_length)
-    return PackedOrder(
+    return MappedOrder(
         dataset,
-        build_packed_maps(dataset.sizes, shape, seed),
-        tail,
-        lambda block: build_packed_maps(dataset.sizes, tail, tail_seed(seed, block)),
+        seq_length,
+        head=build_packed_maps(dataset.sizes, shape, seed),
+        head_epochs=num_epochs,
+        tail=TailBlocks(
+            lambda block: build_packed_maps(dataset.sizes, tail, tail_seed(seed, block)),
+            tail.num_samples,
+        ),
+        tail_epochs=tail.num_epochs,
     )
 
 
 def read(order, positions):
     positions = np.array(positions, dtype=np.int64)
-    out = np.zeros((len(positions), order.tail_shape.seq_length + 1), order.dataset.dtype)
+    out = np.zeros((len(positions), order.seq_length + 1), order.dataset.dtype)
     order.read(*order.locate(positions), out, np.arange(len(positions)))
     return out.tolist()
 
@@ -87,7 +93,7 @@ def test_an_order_is_its_head_and_then_its_blocks(
     order = open_order(
         dataset, seq_length=seq_length, num_epochs=num_epochs, seed=seed, documents=numbers
     )
-    num_positions = order.head_length + 2 * order.tail_shape.num_samples + 3
+    num_positions = order.head_length + 2 * order.block(1).num_samples + 3
     expected = slow_order(documents, numbers, num_epochs, seq_length, seed, num_positions)
     assert read(order, range(num_positions)) == expected
     shuffled = data.draw(st.permutations(range(num_positions)))
@@ -151,11 +157,12 @@ def test_a_map_that_moves_tokens_from_one_sample_to_the_next_is_an_error(tmp_pat
     good = open_order(dataset, seq_length=4, num_epochs=1, seed=3)
     sample_idx = good.head.sample_idx.copy()
     sample_idx[2] = sample_idx[1]
-    bad = PackedOrder(
+    bad = MappedOrder(
         dataset,
-        PackedMaps(good.head.doc_idx, sample_idx, good.head.shuffle_idx),
-        good.tail_shape,
-        good.block,
+        4,
+        head=IndexMaps(good.head.doc_idx, sample_idx, good.head.shuffle_idx),
+        head_epochs=1,
+        tail=good.tail,
     )
     with pytest.raises(DatasetError, match=r"index maps give 1 for one of them; delete"):
         read(bad, range(3))

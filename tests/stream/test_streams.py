@@ -150,7 +150,7 @@ def test_train_epochs_begin_with_one_epoch_and_end_with_whole_blocks(folder):
     streams = open_here(single(folder, split="1", train_epochs=3), requested)
     assert list(folder.glob("*_train_indexmap_Nonens_64sl_1234s_packedpi_ac_*.npy"))
     order = streams.train.orders[0]
-    assert order.head.num_samples == order.tail_shape.num_samples == (59022 - 1) // 64
+    assert order.head.num_samples == order.block(1).num_samples == (59022 - 1) // 64
     steps = train_iters_for_epochs(3, [order.head.num_samples], 8)
     last = streams.train.locate([steps * 8 - 1])
     assert last.block.tolist() == [2]
@@ -165,10 +165,10 @@ def test_allow_chopped_is_a_part_of_names_alone(folder):
 
 def test_large_tail_blocks_are_kept_in_files(folder, monkeypatch):
     expected = open_here(single(folder)).train.read(np.arange(2000))
-    monkeypatch.setattr("megatron.stream.streams._TAIL_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("megatron.stream.opening._TAIL_BYTES_IN_MEMORY", 0)
     for _ in range(2):
         assert np.array_equal(open_here(single(folder)).train.read(np.arange(2000)), expected)
-    assert len(list(folder.glob("*_train_tail1_0-388docs_64sl_1234s_packedpi_*.npy"))) == 3
+    assert len(list(folder.glob("*_tail1_0-388docs_64sl_1234s_packedpi_*.npy"))) == 3
 
 
 def test_ranks_wait_for_the_builder_and_read_the_same(folder, tmp_path):
@@ -194,19 +194,13 @@ def test_a_failing_builder_passes_the_barrier(folder, monkeypatch):
     def fail(request):
         raise DatasetError("disk full")
 
-    monkeypatch.setattr("megatron.stream.streams.build_map_files", fail)
+    monkeypatch.setattr("megatron.stream.opening.build_map_files", fail)
     passed = []
     with pytest.raises(DatasetError, match="disk full"):
         open_streams(single(folder), ALL, is_builder=True, barrier=lambda: passed.append(1))
     assert passed == [1]
     with pytest.raises(DatasetError, match="the process that builds them failed"):
         open_streams(single(folder), ALL, is_builder=False, barrier=lambda: None)
-
-
-@pytest.mark.parametrize("pack_impl", ["unpacked", "pack_until_overflow"])
-def test_other_packings_are_not_supported_yet(folder, pack_impl):
-    with pytest.raises(ConfigError, match=f"pack_impl={pack_impl} is known to NeoX, not supported"):
-        open_here(single(folder, pack_impl=pack_impl))
 
 
 @pytest.mark.parametrize(
