@@ -144,8 +144,8 @@ def look_at_data(config: RunConfig, *, finetune: bool) -> DataFacts:
     orders = describe_streams(settings, requested, identities)
     if orders["train"] is None:
         raise ConfigError(
-            f"there is no training data: the train share of split {training.split!r} is empty; "
-            "give train a larger share, or a larger dataset"
+            f"there is no training data: the train share of split={training.split!r} is no "
+            f"document of {training.data_path}. Give train a larger share, or a larger dataset"
         )
     epoch_samples = _epoch_samples(settings, orders["train"])
     train_iters = training.train_iters
@@ -155,8 +155,9 @@ def look_at_data(config: RunConfig, *, finetune: bool) -> DataFacts:
         )
         if train_iters < 1:
             raise ConfigError(
-                f"train_epochs={training.train_epochs} gives {sum(epoch_samples.values())} samples "
-                f"an epoch, too few for one step of train_batch_size={batch}"
+                f"train_epochs={training.train_epochs}: the training data ends before the first "
+                f"step, which takes {batch} samples (train_batch_size); one epoch has "
+                f"{sum(epoch_samples.values())}"
             )
     wanted = Wanted(
         orders=orders,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron.base.errors import MegatronError
 from megatron.cli.run_data import open_run_data, plan_run
 from megatron.cli.run_ledger import LaunchPlan, open_journal
 from megatron.cli.run_reports import build_reporter
@@ -66,7 +67,21 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         ready = prepare(config, environment, stack, on_loss=on_loss)
-        return run(ready.training, ready.settings, first_step=ready.first_step)
+        journal = ready.training.journal
+        try:
+            reason = run(ready.training, ready.settings, first_step=ready.first_step)
+            if journal is not None:
+                journal.flush()
+        except BaseException as error:
+            if journal is not None:
+                with contextlib.suppress(
+                    MegatronError, OSError
+                ):  # the first error is the one to tell
+                    journal.close(f"failed: {type(error).__name__}")
+            raise
+        if journal is not None:
+            journal.close(reason.value)
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
