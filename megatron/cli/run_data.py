@@ -4,53 +4,58 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.base.printing import print_rank_0
-from megatron.cli.adoption import adopt
-from megatron.cli.resume_plan import Start, look_at_data, plan_launch
-from megatron.cli.run_ledger import LaunchPlan
+from megatron.base.errors import ConfigError
+from megatron.cli.wanted_launch import requested_counts, stream_settings
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.load import RunConfig
 from megatron.data.loader import MicroBatchLoader
+from megatron.data.tokenizers import build_tokenizer
 from megatron.data.vocabulary_check import VocabularyCheck
 from megatron.engine.agreement import together
 from megatron.engine.consumed import ConsumedDigests
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.steps import BatchFormat, MicroBatchSource
-from megatron.ledger.planning.report import summary_lines
-from megatron.stream.descriptions import open_order
+from megatron.ledger.planning.inputs import StreamName
+from megatron.ledger.planning.resume_plan import ResumePlan
+from megatron.stream.descriptions import map_names, open_order
 from megatron.stream.sample_stream import Stream
 from megatron.stream.segments import Segment
-from megatron.stream.stream_settings import DatasetFiles
+from megatron.stream.stream_settings import DatasetFiles, identify_datasets
 
-__all__ = ["RunData", "open_run_data", "plan_run"]
+__all__ = ["RunData", "TokenizerFacts", "look_at_tokenizer", "open_run_data"]
 
 
-def plan_run(config: RunConfig, groups: ProcessGroups, start: Start) -> LaunchPlan:
-    """Work out what this launch will read, print it, and refuse what would not be exact.
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What training needs to know of the tokenizer."""
+
+    vocab_size: int  # entries, before padding
+    eod: int | None
+
+
+def look_at_tokenizer(config: RunConfig) -> TokenizerFacts:
+    """Open the tokenizer that the configuration names.
 
     Raises:
-        MegatronError: on every rank, if data, checkpoint and configuration don't fit.
+        ConfigError: it cannot be opened, or lacks what other keys need.
     """
-
-    def plan() -> LaunchPlan | None:
-        if groups.rank != 0:
-            return None
-        facts = look_at_data(config, finetune=start.finetune)
-        foreign = None
-        if start.source is not None and start.ledger is None and not start.finetune:
-            foreign = adopt(config, start.source)
-        made = plan_launch(facts, start, foreign)
-        for line in summary_lines(made):
-            print_rank_0(line)
-        made.raise_if_refused()
-        return LaunchPlan(start, facts, made)
-
-    return groups.from_rank_0(together(groups, plan))
+    training = config.training
+    tokenizer = build_tokenizer(
+        config.tokenizer.tokenizer_type,
+        vocab_file=training.vocab_file,
+        merge_file=training.merge_file,
+    )
+    if config.other.eod_mask_loss and tokenizer.eod is None:
+        raise ConfigError(
+            "eod_mask_loss: true needs an end-of-document token, but the tokenizer "
+            f"{training.vocab_file} has no <|endoftext|>"
+        )
+    return TokenizerFacts(tokenizer.vocab_size, tokenizer.eod)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class RunData:
 
     config: RunConfig
     groups: ProcessGroups
-    launch: LaunchPlan
+    plan: ResumePlan
+    tokenizer: TokenizerFacts
     streams: Mapping[str, Stream]
     dtypes: Mapping[str, np.dtype[Any]]  # storage type of every stream that is read
 
@@ -73,7 +79,7 @@ class RunData:
             vocabulary_rows: token ids must be below this (padded) number.
         """
         source = functools.partial(self._source, stack=stack, vocabulary_rows=vocabulary_rows)
-        plan = self.launch.plan
+        plan = self.plan
         segment = plan.train.state.segments.at_step(plan.next_step)
         end = segment.positions(max(plan.train_iters, plan.next_step)).stop
         return {
@@ -105,7 +111,7 @@ class RunData:
         dtype = self.dtypes.get(split)
         if dtype is None:
             return None
-        planned = self.launch.plan.streams[split]  # type: ignore[index]
+        planned = self.plan.streams[cast(StreamName, split)]
         position = planned.state.next_position
         stream = self.streams.get(split)
         loader, consumed = None, None
@@ -130,7 +136,7 @@ class RunData:
             micro_batch_size=geometry.micro_batch_size,
             seq_length=self.config.model.seq_length,
             storage_dtype=dtype,
-            eod=self.launch.facts.eod,
+            eod=self.tokenizer.eod,
             eod_mask_loss=self.config.other.eod_mask_loss,
         )
         source = MicroBatchSource(
@@ -152,7 +158,7 @@ class _SegmentReader:
         return self._stream.read(positions + self._offset)
 
 
-def open_run_data(config: RunConfig, groups: ProcessGroups, launch: LaunchPlan) -> RunData:
+def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) -> RunData:
     """Open the planned streams; index maps are built by one rank while the others wait.
 
     Raises:
@@ -162,23 +168,29 @@ def open_run_data(config: RunConfig, groups: ProcessGroups, launch: LaunchPlan) 
     is_builder = groups.rank == 0 if config.training.use_shared_fs else groups.local_rank == 0
     reads = groups.topology.reads_data(groups.place)
 
+    def look() -> TokenizerFacts | None:
+        return look_at_tokenizer(config) if groups.rank == 0 else None
+
+    tokenizer = groups.from_rank_0(together(groups, look))
+
     def build() -> dict[str, Stream]:
-        return _open(config, launch, is_builder=True) if is_builder else {}
+        return _open(config, plan, is_builder=True) if is_builder else {}
 
     built = together(groups, build)
 
     def read() -> dict[str, Stream]:
         if not reads or built:
             return built if reads else {}
-        return _open(config, launch, is_builder=False)
+        return _open(config, plan, is_builder=False)
 
     streams = together(groups, read)
     dtypes = groups.from_rank_0({name: stream.dtype for name, stream in streams.items()})
-    return RunData(config, groups, launch, streams, dtypes)
+    return RunData(config, groups, plan, tokenizer, streams, dtypes)
 
 
-def _open(config: RunConfig, launch: LaunchPlan, *, is_builder: bool) -> dict[str, Stream]:
-    plan = launch.plan
+def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str, Stream]:
+    settings = stream_settings(config)
+    names = map_names(settings, requested_counts(config), identify_datasets(settings))
 
     def locate(dataset: str) -> DatasetFiles:
         note = plan.datasets[dataset]
@@ -188,7 +200,7 @@ def _open(config: RunConfig, launch: LaunchPlan, *, is_builder: bool) -> dict[st
         split: open_order(
             planned.order,
             locate,
-            names=launch.facts.map_names.get(split),
+            names=names.get(split),
             is_builder=is_builder,
             barrier=lambda: None,
             warm_up=config.training.mmap_warmup,

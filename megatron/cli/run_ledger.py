@@ -3,14 +3,13 @@
 import os
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron.checkpoint.save import model_part
 from megatron.checkpoint.stored import StoredFacts
-from megatron.cli.resume_plan import DataFacts, Start
+from megatron.cli.resume_plan import PlannedLaunch
 from megatron.config.run_config import RunConfig
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
@@ -19,26 +18,16 @@ from megatron.ledger.attempt_facts import AttemptFacts, LoadedCheckpoint
 from megatron.ledger.environment import describe_environment, numerics_hash
 from megatron.ledger.ledger_file import Ledger, Parent
 from megatron.ledger.planning.component_ranges import cursors_at
-from megatron.ledger.planning.resume_plan import ResumePlan
 from megatron.ledger.recorder import Recorder, flush_interval
 from megatron.ledger.run_file import RunFile, new_run, read_run_file, write_run_file
 
-__all__ = ["LaunchPlan", "open_journal"]
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """What every rank knows of a launch before anything is built."""
-
-    start: Start
-    facts: DataFacts
-    plan: ResumePlan
+__all__ = ["open_journal"]
 
 
 def open_journal(
     config: RunConfig,
     groups: ProcessGroups,
-    launch: LaunchPlan,
+    launch: PlannedLaunch,
     model: StoredFacts,
     sources: dict[str, MicroBatchSource | None],
 ) -> Journal | None:
@@ -66,7 +55,7 @@ def open_journal(
     )
 
 
-def _run_of(save: Path, config: RunConfig, launch: LaunchPlan) -> RunFile:
+def _run_of(save: Path, config: RunConfig, launch: PlannedLaunch) -> RunFile:
     """Return the run that ``save`` holds, or begin one there."""
     run = read_run_file(save)
     if run is None:
@@ -75,8 +64,8 @@ def _run_of(save: Path, config: RunConfig, launch: LaunchPlan) -> RunFile:
     return run
 
 
-def _parent(config: RunConfig, launch: LaunchPlan) -> Parent | None:
-    ledger = launch.start.ledger
+def _parent(config: RunConfig, launch: PlannedLaunch) -> Parent | None:
+    ledger = _ledger(launch)
     if ledger is None:
         return None
     return Parent(
@@ -84,13 +73,17 @@ def _parent(config: RunConfig, launch: LaunchPlan) -> Parent | None:
         step=ledger.step,
         chain=ledger.chain,
         save=str(Path(config.training.load).resolve()),
-        is_continued=not launch.start.finetune,
+        is_continued=not launch.source.finetune,
         parent=ledger.parent,
     )
 
 
 def _attempt_facts(
-    config: RunConfig, groups: ProcessGroups, launch: LaunchPlan, model: StoredFacts, run: RunFile
+    config: RunConfig,
+    groups: ProcessGroups,
+    launch: PlannedLaunch,
+    model: StoredFacts,
+    run: RunFile,
 ) -> AttemptFacts:
     environment = describe_environment(
         os.environ,
@@ -112,15 +105,15 @@ def _attempt_facts(
         restores_numbers=not (training.no_load_optim or training.no_load_rng),
         environment=environment,
         loaded=_loaded(launch),
-        instruction=launch.start.instruction,
-        obeyed=launch.start.obeys,
+        instruction=launch.source.instruction,
+        obeyed=launch.source.decision.obeys,
     )
 
 
-def _begin(launch: LaunchPlan, model: StoredFacts, run: RunFile) -> Ledger:
+def _begin(launch: PlannedLaunch, model: StoredFacts, run: RunFile) -> Ledger:
     """Return the ledger as it is before the first step: the past, with the planned segments."""
     plan = launch.plan
-    past = None if launch.start.finetune else launch.start.ledger
+    past = None if launch.source.finetune else _ledger(launch)
     return Ledger(
         model=model_part(model),
         run_id=run.run_id,
@@ -129,7 +122,7 @@ def _begin(launch: LaunchPlan, model: StoredFacts, run: RunFile) -> Ledger:
         orders=plan.orders,
         spans=past.spans if past is not None else (),
         evaluation_due=plan.evaluates_first,
-        tokenizer=launch.facts.wanted.tokenizer,
+        tokenizer=launch.wanted.tokenizer,
         datasets=plan.datasets,
         parent=run.parent,
         instructions=past.instructions if past is not None else (),
@@ -138,8 +131,8 @@ def _begin(launch: LaunchPlan, model: StoredFacts, run: RunFile) -> Ledger:
     )
 
 
-def _loaded(launch: LaunchPlan) -> LoadedCheckpoint | None:
-    source, ledger = launch.start.source, launch.start.ledger
+def _loaded(launch: PlannedLaunch) -> LoadedCheckpoint | None:
+    source, ledger = launch.source.checkpoint, _ledger(launch)
     if source is None:
         return None
     return LoadedCheckpoint(
@@ -148,6 +141,12 @@ def _loaded(launch: LaunchPlan) -> LoadedCheckpoint | None:
         step=launch.plan.source_step or 0,
         chain=ledger.chain if ledger is not None else None,
     )
+
+
+def _ledger(launch: PlannedLaunch) -> Ledger | None:
+    """The ledger of the checkpoint that is loaded; None without one."""
+    record = launch.found.record if launch.found is not None else None
+    return record if isinstance(record, Ledger) else None
 
 
 def _git_commit() -> str | None:

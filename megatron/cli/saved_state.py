@@ -14,7 +14,7 @@ from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
 from megatron.checkpoint.save import SaveSettings, save_checkpoint
 from megatron.checkpoint.stored import StoredFacts, read_model_facts
-from megatron.cli.resume_plan import Start, choose_start
+from megatron.cli.resume_plan import PlannedLaunch, plan_launch
 from megatron.config.load import RunConfig
 from megatron.data.tokenizers import padded_vocab_size
 from megatron.engine.agreement import together
@@ -34,15 +34,19 @@ class Checkpoints:
 
     config: RunConfig
     groups: ProcessGroups
-    start: Start
+    launch: PlannedLaunch
     lock: SaveLock | None  # on rank 0 of a run that saves
 
     @classmethod
     def open(cls, config: RunConfig, groups: ProcessGroups) -> "Checkpoints":
-        """Take ``save`` for this job and decide what is loaded; every rank gets the same answer."""
+        """Take ``save`` for this job, plan what is loaded and read, print it, refuse what isn't exact.
+
+        Raises:
+            MegatronError: on every rank, if data, checkpoint and configuration don't fit.
+        """
         save = Path(config.training.save) if config.training.save else None
 
-        def decide() -> tuple[Start | None, SaveLock | None]:
+        def decide() -> tuple[PlannedLaunch | None, SaveLock | None]:
             if groups.rank != 0:
                 return None, None
             lock = None
@@ -54,17 +58,20 @@ class Checkpoints:
                     on_failure.callback(lock.release)
                 if save is not None:
                     remove_leftovers(save)
-                start = choose_start(config)
+                launch = plan_launch(config)
+                for line in launch.lines:
+                    print_rank_0(line)
+                launch.plan.raise_if_refused()
                 on_failure.pop_all()
-            return start, lock
+            return launch, lock
 
-        start, lock = together(groups, decide)
-        return cls(config, groups, groups.from_rank_0(start), lock)
+        launch, lock = together(groups, decide)
+        return cls(config, groups, groups.from_rank_0(launch), lock)
 
     @property
     def source(self) -> Path | None:
         """The checkpoint that is loaded; None: the run starts at step 0."""
-        return self.start.source
+        return self.launch.source.checkpoint
 
     def close(self) -> None:
         """Give ``save`` back."""
@@ -74,7 +81,7 @@ class Checkpoints:
     @property
     def loads_weights_only(self) -> bool:
         """Whether optimizer and schedule start anew."""
-        return self.start.finetune or self.config.training.no_load_optim
+        return self.launch.source.finetune or self.config.training.no_load_optim
 
     def facts(self, vocab_size: int) -> ModelFacts:
         """Return the pinned facts: the checkpoint's, or those of a new run.
@@ -122,7 +129,7 @@ class Checkpoints:
     def load_state(self, engine: Any, settings: ModelSettings, facts: ModelFacts) -> int:
         """Restore what is wanted beside the weights; return the step the run goes on from."""
         training = self.config.training
-        if self.source is None or self.start.finetune:
+        if self.source is None or self.launch.source.finetune:
             return 0
         state = load_checkpoint(
             engine,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from megatron.base.errors import MegatronError
-from megatron.cli.run_data import open_run_data, plan_run
-from megatron.cli.run_ledger import LaunchPlan, open_journal
+from megatron.cli.resume_plan import PlannedLaunch
+from megatron.cli.run_data import open_run_data
+from megatron.cli.run_ledger import open_journal
 from megatron.cli.run_reports import build_reporter
 from megatron.cli.saved_state import Checkpoints
 from megatron.config.load import RunConfig
@@ -104,9 +105,9 @@ def prepare(
     groups = connect(environment, config.topology, backend=config.other.distributed_backend)
     checkpoints = Checkpoints.open(config, groups)
     stack.callback(checkpoints.close)
-    launch = plan_run(config, groups, checkpoints.start)
-    data = open_run_data(config, groups, launch)
-    facts = together(groups, functools.partial(checkpoints.facts, launch.facts.vocab_size))
+    launch = checkpoints.launch
+    data = open_run_data(config, groups, launch.plan)
+    facts = together(groups, functools.partial(checkpoints.facts, data.tokenizer.vocab_size))
     settings = together(groups, functools.partial(_model_settings, config, facts))
     tensor_parallel = _tensor_parallel(groups)
     loss_function = functools.partial(_loss, tensor_parallel)
@@ -223,7 +224,7 @@ def _build_engine(
     )
 
 
-def _loop_settings(config: RunConfig, launch: LaunchPlan) -> LoopSettings:
+def _loop_settings(config: RunConfig, launch: PlannedLaunch) -> LoopSettings:
     training = config.training
     return LoopSettings(
         train_iters=launch.plan.train_iters,

@@ -11,6 +11,7 @@ neighbours share one token. Three arrays say it all:
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _ROWS_PER_CHUNK = 1 << 19
+_DOCUMENTS_PER_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,14 @@ def build_packed_maps(sizes: NDArray[np.int32], shape: PackedShape, seed: int) -
     """Compute the three arrays in memory."""
     generator = LegacyGenerator(seed)
     doc_idx = shuffled_documents(shape, generator)
-    sample_idx = np.empty((shape.num_samples + 1, 2), dtype=shape.sample_idx_dtype)
-    filled = 0
-    for rows in sample_rows(sizes, doc_idx, shape):
-        sample_idx[filled : filled + len(rows)] = rows
-        filled += len(rows)
-    return IndexMaps(doc_idx, sample_idx, shuffled_samples(shape, generator))
+    with ThreadPoolExecutor(1) as thread:  # the walk doesn't touch the generator
+        shuffle_idx = thread.submit(shuffled_samples, shape, generator)
+        sample_idx = np.empty((shape.num_samples + 1, 2), dtype=shape.sample_idx_dtype)
+        filled = 0
+        for rows in sample_rows(sizes, doc_idx, shape):
+            sample_idx[filled : filled + len(rows)] = rows
+            filled += len(rows)
+    return IndexMaps(doc_idx, sample_idx, shuffle_idx.result())
 
 
 def shuffled_documents(shape: PackedShape, generator: LegacyGenerator) -> NDArray[np.int32]:
@@ -122,7 +126,9 @@ def shuffled_documents(shape: PackedShape, generator: LegacyGenerator) -> NDArra
     num_documents = len(shape.documents)
     doc_idx = np.empty(shape.num_epochs * num_documents, dtype=np.int32)
     for epoch in doc_idx.reshape(shape.num_epochs, num_documents):
-        epoch[:] = np.arange(shape.documents.start, shape.documents.stop, dtype=np.int32)
+        for start in range(0, num_documents, _DOCUMENTS_PER_PIECE):  # no second large array
+            piece = shape.documents[start : start + _DOCUMENTS_PER_PIECE]
+            epoch[start : start + len(piece)] = np.arange(piece.start, piece.stop, dtype=np.int32)
     generator.shuffle(doc_idx)
     return doc_idx
 

@@ -36,6 +36,8 @@ def indices_of(
         indices: where to look.
         limit: see ``values``.
     """
+    if not len(wanted):  # a document behind the last whole sample
+        return np.zeros(0, dtype=np.int64)
     borders = np.flatnonzero(np.diff(wanted) > 1)
     runs = list(
         zip(

@@ -247,6 +247,8 @@ def test_random_edits_are_named(data):
             (save / path).parent.mkdir(exist_ok=True, parents=True)
             (save / path).write_bytes(content)
         found = [one for one in findings(save) if one.path == save / name]
+    if files[name] + b"\n" == original:
+        return  # every line is still whole
     num_lines = original.count(b"\n")
     lost_its_end = not files[name].endswith(b"\n") or files[name].count(b"\n") < line
     if attempt == 1 and line == num_lines and lost_its_end:

@@ -137,6 +137,10 @@ def _entered(
         order_id=order.order_id,
         first_order_position=order_position,
     )
-    cursors = {**kept_cursors, **cursors_at(order, order_position)}
+    # A component may have been planned and dropped again before its first step.
+    orders = {**past.orders, order.order_id: order}
+    drawn = {one.key for segment in table for one in orders[segment.order_id].components}
+    kept = {key: cursor for key, cursor in kept_cursors.items() if key in drawn}
+    cursors = {**kept, **cursors_at(order, order_position)}
     state = StreamState(segments=table, next_position=past.state.next_position, cursors=cursors)
     return StreamPlan(state=state, order=order, order_position=order_position, next_step=done + 1)

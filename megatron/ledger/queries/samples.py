@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -130,7 +131,15 @@ def _lines_at(run: RunView, stream: str, position: int) -> Iterator[tuple[Span, 
     pattern = re.compile(begin % (stream.encode(), position), re.MULTILINE)
     for span in run.ledger.spans:
         path = run.lineage.lines_path(span)
-        for text in pattern.findall(path.read_bytes()) if path is not None else ():
+        for text in pattern.findall(_covered(path, span)) if path is not None else ():
             record = decode_line(text).record
             if isinstance(record, EvaluationRecord) and not record.at_end:
                 yield span, record
+
+
+def _covered(path: Path, span: Span) -> bytes:
+    """Return the lines of a file that are on the lineage: what comes later was abandoned."""
+    content = path.read_bytes()
+    last = b'"chain": "%s"}' % span.chain.encode()
+    found = content.find(last)
+    return content if found < 0 else content[: found + len(last)]

@@ -4,13 +4,15 @@ Samples are read rank by rank from real datasets and digested; the recorder writ
 ledgers; what goes on from what is planned by the real planner.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron.base.errors import MegatronError
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.topology import Topology
 from megatron.ledger.attempt_facts import AttemptFacts
@@ -69,6 +71,7 @@ class SimulatedRun:
         accept: Collection[str] = (),
         train_iters: int | None = None,
         stop: str | None = "finished",
+        misread_step: int | None = None,
     ) -> int:
         """Take steps up to ``until``; return the attempt's number.
 
@@ -79,6 +82,7 @@ class SimulatedRun:
             iteration: go on from this checkpoint instead of the latest.
             accept: accept_data_change.
             train_iters: configured, ``until`` if None.
+            misread_step: of this one another batch is read than was to be.
             stop: why it ends; None: it is killed, and what wasn't flushed is lost.
         """
         begin = self._begin(geometry, iteration, accept, train_iters or until)
@@ -113,49 +117,52 @@ class SimulatedRun:
             segment = begin.streams[name].segments.segments[-1]
             return cursors_at(begin.orders[segment.order_id], position)
 
-        digests: dict[int, int] = {}
-        for step in range(begin.step + 1, until + 1):
-            positions = begin.streams["train"].segments.positions(step)
-            digests[step] = digest("train", positions)
-            recorder.step(
-                StepRecord(
-                    step=step,
-                    position=positions.start,
-                    samples=len(positions),
-                    loss=1 / step,
-                    lr=1e-3,
-                    grad_norm=1.0,
-                    skipped=False,
-                    seconds=0.1,
+        def evaluate(step: int) -> None:
+            start = recorder.next_position("valid")
+            size = begin.streams["valid"].segments.segments[-1].batch_size
+            recorder.evaluation(
+                EvaluationRecord(
+                    stream="valid",
+                    after_step=step,
+                    position=start,
+                    samples=size,
+                    digest=digest_text(digest("valid", range(start, start + size))),
+                    loss=2 / step,
                 )
             )
-            is_due = step % self.eval_interval == 0
-            if step in saves:
-                recorder.flush(digests)
-                ledger = recorder.ledger(cursors, evaluation_due=is_due)
-                directory = checkpoint_path(self.save, step)
-                directory.mkdir(exist_ok=True)
-                write_ledger(directory, ledger)
-                write_latest(self.save, step)
-                recorder.committed(ledger)
-            if is_due and "valid" in begin.streams:
-                start = recorder.next_position("valid")
-                size = begin.streams["valid"].segments.segments[-1].batch_size
-                recorder.evaluation(
-                    EvaluationRecord(
-                        stream="valid",
-                        after_step=step,
-                        position=start,
-                        samples=size,
-                        digest=digest_text(digest("valid", range(start, start + size))),
-                        loss=2 / step,
+
+        digests: dict[int, int] = {}
+        with _closed_if_it_fails(recorder):
+            if begin.evaluation_due:
+                evaluate(begin.step)
+            for step in range(begin.step + 1, until + 1):
+                positions = begin.streams["train"].segments.positions(step)
+                digests[step] = digest("train", positions) + (step == misread_step)
+                recorder.step(
+                    StepRecord(
+                        step=step,
+                        position=positions.start,
+                        samples=len(positions),
+                        loss=1 / step,
+                        lr=1e-3,
+                        grad_norm=1.0,
+                        skipped=False,
+                        seconds=0.1,
                     )
                 )
-            if step % 5 == 0:
+                is_due = step % self.eval_interval == 0
+                if step in saves:
+                    recorder.flush(digests)
+                    self._save(recorder, recorder.ledger(cursors, evaluation_due=is_due))
+                if is_due:
+                    evaluate(step)
+                if step % 5 == 0:
+                    recorder.flush(digests)
+            if stop is None:
+                recorder._log.close()  # a killed process leaves no more than that
+            else:
                 recorder.flush(digests)
-        if stop is not None:
-            recorder.flush(digests)
-            recorder.close(stop)
+                recorder.close(stop)
         return recorder.number
 
     def ledger(self, step: int) -> Ledger:
@@ -163,6 +170,13 @@ class SimulatedRun:
         ledger = read_ledger(checkpoint_path(self.save, step))
         assert ledger is not None
         return ledger
+
+    def _save(self, recorder: Recorder, ledger: Ledger) -> None:
+        directory = checkpoint_path(self.save, ledger.step)
+        directory.mkdir(exist_ok=True)
+        write_ledger(directory, ledger)
+        write_latest(self.save, ledger.step)
+        recorder.committed(ledger)
 
     def _begin(
         self,
@@ -234,3 +248,12 @@ class SimulatedRun:
     def _tick(self) -> float:
         self.clock += 1.0
         return self.clock
+
+
+@contextlib.contextmanager
+def _closed_if_it_fails(recorder: Recorder) -> Iterator[None]:
+    try:
+        yield
+    except MegatronError:
+        recorder._log.close()
+        raise

@@ -1,0 +1,207 @@
+"""Which checkpoint a launch goes on from, and what it tells resume planning. No torch."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.base.errors import CheckpointError, ConfigError, MegatronError, RunDirectoryError
+from megatron.base.torch_metadata import read_torch_metadata
+from megatron.cli.wanted_launch import (
+    DescribedData,
+    described_data,
+    learning_rates,
+    numerics_of,
+    tokenizer_identity,
+    without_effect_of,
+)
+from megatron.config.load import load_config
+from megatron.config.run_config import RunConfig
+from megatron.ledger.attempt_facts import (
+    AttemptFacts,
+    instructed_attempts,
+    read_all_attempt_facts,
+    read_attempt_facts,
+)
+from megatron.ledger.instructions import Decision, Instruction, decide
+from megatron.ledger.ledger_file import Ledger, read_ledger
+from megatron.ledger.planning.inputs import ForeignCheckpoint, Found, LearningRates
+from megatron.ledger.run_directory import choose_checkpoint, list_checkpoints, step_of
+from megatron.optim.schedules import LearningRateSchedule
+
+__all__ = ["Source", "find_source", "found_checkpoint"]
+
+_SCHEDULE_STATE = ("start_lr", "warmup_iter", "decay_style", "end_iter", "min_lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The checkpoint a launch loads, and why."""
+
+    checkpoint: Path | None  # None: it starts at step 0
+    instruction: Instruction | None  # what the configuration asks of one launch only
+    decision: Decision
+    finetune: bool = False  # only the weights are taken: a new run begins
+
+
+def find_source(config: RunConfig) -> Source:
+    """Decide which checkpoint a launch loads: what it was told, or the newest of its own run.
+
+    Raises:
+        CheckpointError: what was asked for is not there, or loading it would lose what is there.
+        RunDirectoryError: an earlier attempt's facts cannot be read.
+    """
+    training = config.training
+    load = Path(training.load) if training.load else None
+    save = Path(training.save) if training.save else None
+    iteration = config.other.iteration
+    if save is None:
+        checkpoint = choose_checkpoint(load, None, iteration=iteration, finetune=training.finetune)
+        decision = Decision(True, "nothing is saved, so the keys are obeyed as they are")
+        return Source(checkpoint, None, decision, training.finetune)
+    instruction = Instruction.of(
+        load=load, save=save, iteration=iteration, finetune=training.finetune
+    )
+    decision = decide(instruction, instructed_attempts(read_all_attempt_facts(save)))
+    if instruction is None or not decision.obeys:
+        checkpoint = choose_checkpoint(save, save, iteration=None, finetune=False)
+        return Source(checkpoint, instruction, decision)
+    checkpoint = choose_checkpoint(load, save, iteration=iteration, finetune=training.finetune)
+    return Source(checkpoint, instruction, decision, training.finetune)
+
+
+def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
+    """Read what planning needs to know of the checkpoint; None if there is none.
+
+    Raises:
+        CheckpointError: its ledger or metadata are damaged, or don't say what they must.
+    """
+    checkpoint = source.checkpoint
+    if checkpoint is None:
+        return None
+    metadata = _metadata(checkpoint)
+    ledger = read_ledger(checkpoint)
+    record = ledger or _foreign(config, checkpoint, metadata)
+    writer = None if ledger is None else _writer(ledger, checkpoint.parent)
+    schedule = metadata.get("lr_scheduler")
+    return Found(
+        path=str(checkpoint),
+        record=record,
+        newest_step=max(list_checkpoints(checkpoint.parent), default=None),
+        reason=source.decision.reason if source.instruction is not None else "",
+        learning_rates=_learning_rates(config, schedule),
+        optimizer_steps=schedule.get("num_iters") if isinstance(schedule, Mapping) else None,
+        numerics=None
+        if writer is None
+        else numerics_of(writer.topology, writer.geometry, writer.config, writer.environment),
+        without_effect=None if writer is None else without_effect_of(writer.config),
+    )
+
+
+def _metadata(checkpoint: Path) -> dict[str, Any]:
+    """Return the plain values of the first metadata file; empty for weights alone."""
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if (checkpoint / name).exists():
+            return read_torch_metadata(checkpoint / name)
+    return {}
+
+
+def _learning_rates(config: RunConfig, state: object) -> LearningRates | None:
+    if not isinstance(state, Mapping) or not all(name in state for name in _SCHEDULE_STATE):
+        return None
+    schedule = LearningRateSchedule(
+        **{name: state[name] for name in _SCHEDULE_STATE},
+        version=config.ledger.neox_version,
+        is_clamped=bool(config.lr_scheduler.use_checkpoint_lr_scheduler),
+    )
+    return learning_rates(schedule)
+
+
+def _writer(ledger: Ledger, save: Path) -> AttemptFacts | None:
+    """Return the facts of the attempt that wrote a checkpoint, if they are beside it."""
+    if not ledger.spans:
+        return None
+    try:
+        facts = read_attempt_facts(save, ledger.spans[-1].attempt)
+    except RunDirectoryError:
+        return None  # for verify to tell; a launch can do without
+    return facts if facts is not None and facts.run_id == ledger.spans[-1].run_id else None
+
+
+def _foreign(config: RunConfig, checkpoint: Path, metadata: Mapping[str, Any]) -> ForeignCheckpoint:
+    step = metadata.get("iteration", metadata.get("total_iters", step_of(checkpoint.name)))
+    if not isinstance(step, int):
+        raise CheckpointError(f"{checkpoint} does not say at which step it was saved")
+    assumed: list[str] = []
+    ranks = metadata.get("dp_world_size")
+    if not isinstance(ranks, int):
+        ranks = config.topology.data_parallel_size
+        assumed.append(
+            f"{ranks} data-parallel ranks, as this launch has: the checkpoint doesn't say how many "
+            "it had"
+        )
+    then, data = _config_then(config, checkpoint, ranks * _model_ranks(metadata), assumed)
+    batches = metadata.get("ds_config")
+    batches = batches if isinstance(batches, Mapping) else {}
+    return ForeignCheckpoint(
+        step=step,
+        micro_batch_size=batches.get(
+            "train_micro_batch_size_per_gpu", then.geometry.micro_batch_size
+        ),
+        gradient_accumulation_steps=batches.get(
+            "gradient_accumulation_steps", then.geometry.gradient_accumulation_steps
+        ),
+        data_parallel_size=ranks,
+        eval_interval=then.training.eval_interval or None,
+        eval_iters=then.training.eval_iters,
+        orders=data.orders,
+        datasets=data.datasets,
+        tokenizer=tokenizer_identity(
+            then.tokenizer.tokenizer_type, then.training.vocab_file, then.training.merge_file
+        ),
+        assumed=tuple(assumed),
+    )
+
+
+def _model_ranks(metadata: Mapping[str, Any]) -> int:
+    """Return over how many ranks one copy of the model was divided."""
+    ranks = metadata.get("mp_world_size", 1)
+    return ranks if isinstance(ranks, int) else 1
+
+
+def _config_then(
+    config: RunConfig, checkpoint: Path, world_size: int, assumed: list[str]
+) -> tuple[RunConfig, DescribedData]:
+    """Return the configuration saved with a checkpoint, with its data where it lies now."""
+    files = sorted((checkpoint / "configs").glob("*.y*ml"))
+    if not files:
+        assumed.append("its data keys are this launch's: no configuration was saved with it")
+        return config, described_data(config)
+    paths = {name: value for name, value in _path_keys(config).items() if value}
+    overrides = {"num_gpus": world_size}
+    try:
+        then = load_config(files, overrides, local_slots=lambda: world_size, environ={})
+        return then, described_data(then)
+    except (ConfigError, MegatronError) as error:
+        problem = str(error).splitlines()[0]
+    try:  # datasets and tokenizer may have moved: those named now have to be looked at
+        then = load_config(
+            files, {**overrides, **paths}, local_slots=lambda: world_size, environ={}
+        )
+        data = described_data(then)
+    except (ConfigError, MegatronError):
+        assumed.append(f"its data keys are this launch's: those saved with it fail ({problem})")
+        return config, described_data(config)
+    assumed.append(f"its data lies where this launch names it: {', '.join(sorted(paths))}")
+    return then, data
+
+
+def _path_keys(config: RunConfig) -> dict[str, Any]:
+    names = ("data_path", "vocab_file", "merge_file")
+    lists = (
+        f"{split}{kind}_data_paths"
+        for split in ("train", "valid", "test")
+        for kind in ("", "_label")
+    )
+    flat = config.flat()
+    return {name: flat[name] for name in (*names, *lists)}
