@@ -39,7 +39,7 @@ class Checkpoints:
 
     @classmethod
     def open(cls, config: RunConfig, groups: ProcessGroups) -> "Checkpoints":
-        """Take ``save`` for this job, plan what is loaded and read, print it, refuse what isn't exact.
+        """Take ``save`` for this job and plan the launch; the plan is printed, or refused.
 
         Raises:
             MegatronError: on every rank, if data, checkpoint and configuration don't fit.

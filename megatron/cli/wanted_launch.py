@@ -105,7 +105,12 @@ def described_data(config: RunConfig) -> DescribedData:
     training, batch = config.training, config.geometry.global_batch_size
     orders = describe_streams(settings, requested_counts(config), identities)
     train = orders["train"]
-    epoch_samples = {} if train is None else _epoch_samples(train, identities)
+    if train is None:
+        raise ConfigError(
+            f"there is no training data: the train share of split={training.split!r} is no "
+            f"document of {training.data_path}. Give train a larger share, or a larger dataset"
+        )
+    epoch_samples = _epoch_samples(train, identities)
     train_iters = training.train_iters
     if train_iters is None:
         train_iters = train_iters_for_epochs(
