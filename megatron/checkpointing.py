@@ -42,7 +42,7 @@ def save_checkpoint(
     save = prepared_training(model).save
     if save is None:
         raise ConfigError("save is not set; name the directory that checkpoints go to")
-    save(iteration)
+    save(iteration, False)
 
 
 def load_checkpoint(

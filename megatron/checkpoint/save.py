@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron.checkpoint.optimizer_state import with_fused_adam_keys
 from megatron.checkpoint.rng import capture_rng_states
 from megatron.checkpoint.safe_torch import read_torch_file
 from megatron.checkpoint.stored import LEDGER_FILE, StoredFacts
+from megatron.ledger.ledger_file import Ledger, ModelPart, write_ledger
 from megatron.ledger.run_directory import (
     commit_checkpoint,
     delete_old_checkpoints,
@@ -39,7 +40,7 @@ from megatron.ledger.run_directory import (
     write_latest,
 )
 
-__all__ = ["SaveSettings", "save_checkpoint"]
+__all__ = ["SaveSettings", "model_part", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,13 @@ class SaveSettings:
 
 
 def save_checkpoint(
-    engine: Any, iteration: int, settings: SaveSettings, *, rank: int, gather: Gather
+    engine: Any,
+    iteration: int,
+    settings: SaveSettings,
+    *,
+    rank: int,
+    gather: Gather,
+    ledger: Ledger | None = None,
 ) -> Path:
     """Save ``engine`` as the checkpoint of ``iteration`` and return its directory.
 
@@ -69,6 +76,8 @@ def save_checkpoint(
         settings: of the run.
         rank: global rank of this process.
         gather: collects a value of every rank, outside of the training's process groups.
+        ledger: the lineage up to this checkpoint, on rank 0; without one, ``ledger.json`` holds
+            the pinned facts of the model alone.
 
     Raises:
         CheckpointError: the checkpoint could not be completed; names the rank that failed. It
@@ -92,7 +101,7 @@ def save_checkpoint(
                 save_latest=False,
             )
         require_agreement(writer.problem, gather)
-        return all_or_none(lambda: _complete(temporary, iteration, settings, rank), gather)
+        return all_or_none(lambda: _complete(temporary, iteration, settings, rank, ledger), gather)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -111,7 +120,9 @@ def _begin(directory: Path, iteration: int, rank: int, gather: Gather) -> Path:
     return all_or_none(create, gather)
 
 
-def _complete(temporary: Path, iteration: int, settings: SaveSettings, rank: int) -> Path:
+def _complete(
+    temporary: Path, iteration: int, settings: SaveSettings, rank: int, ledger: Ledger | None
+) -> Path:
     if rank != 0:
         return settings.directory / f"global_step{iteration}"
     if settings.config_files:
@@ -119,15 +130,11 @@ def _complete(temporary: Path, iteration: int, settings: SaveSettings, rank: int
         configs.mkdir()
         for name, text in settings.config_files.items():
             write_atomically(configs / Path(name).name, text)
-    facts = settings.facts
-    ledger = {
-        "model": {
-            "padded_vocab_size": facts.model.padded_vocab_size,
-            "tp_bias_multiplicity": facts.model.tp_bias_multiplicity,
-            "tensor_parallel_size": facts.tensor_parallel_size,
-        }
-    }
-    write_atomically(temporary / LEDGER_FILE, json.dumps(ledger, indent=2) + "\n")
+    if ledger is not None:
+        write_ledger(temporary, ledger)
+    else:
+        facts = {"model": asdict(model_part(settings.facts))}
+        write_atomically(temporary / LEDGER_FILE, json.dumps(facts, indent=2) + "\n")
     final = commit_checkpoint(temporary, iteration)
     write_latest(settings.directory, iteration)
     if settings.keep_last_n is not None:
@@ -137,6 +144,15 @@ def _complete(temporary: Path, iteration: int, settings: SaveSettings, rank: int
             # The new checkpoint stands; only disk space is at stake.
             logger.warning("old checkpoints could not be deleted (keep_last_n): %s", error)
     return final
+
+
+def model_part(facts: StoredFacts) -> ModelPart:
+    """Return the part ``model`` of a ledger: what the first checkpoint of a run pins."""
+    return ModelPart(
+        padded_vocab_size=facts.model.padded_vocab_size,
+        tp_bias_multiplicity=facts.model.tp_bias_multiplicity,
+        tensor_parallel_size=facts.tensor_parallel_size,
+    )
 
 
 @contextlib.contextmanager

@@ -1,49 +1,61 @@
-"""The data of a run: tokenizer, streams, and where each of them is read next."""
+"""The data of a run: the plan all ranks agree on, and where each stream is read next."""
 
 import contextlib
-import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron.base.errors import ConfigError
+from megatron.cli.wanted_launch import requested_counts, stream_settings
+from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.load import RunConfig
 from megatron.data.loader import MicroBatchLoader
 from megatron.data.tokenizers import build_tokenizer
 from megatron.data.vocabulary_check import VocabularyCheck
 from megatron.engine.agreement import together
+from megatron.engine.consumed import ConsumedDigests
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.steps import BatchFormat, MicroBatchSource
-from megatron.stream.sample_counts import requested_samples, train_iters_for_epochs
-from megatron.stream.streams import Stream, Streams, StreamSettings, open_streams
+from megatron.ledger.planning.inputs import StreamName
+from megatron.ledger.planning.resume_plan import ResumePlan
+from megatron.stream.descriptions import map_names, open_order
+from megatron.stream.sample_stream import Stream
+from megatron.stream.segments import Segment
+from megatron.stream.stream_settings import DatasetFiles, identify_datasets
 
-__all__ = ["RunData", "Sources", "open_run_data"]
-
-_NO_TRAINING_DATA = (
-    "there is no training data: the train share of split={split!r} is no document of {data_path}. "
-    "Give train a larger share, or a larger dataset"
-)
+__all__ = ["RunData", "TokenizerFacts", "look_at_tokenizer", "open_run_data"]
 
 
 @dataclass(frozen=True)
-class _Summary:
-    """What every rank must know of the data, also those that read none."""
+class TokenizerFacts:
+    """What training needs to know of the tokenizer."""
 
-    vocab_size: int  # entries of the tokenizer, before padding
+    vocab_size: int  # entries, before padding
     eod: int | None
-    train_iters: int
-    dtypes: dict[str, np.dtype[Any] | None]  # storage type per split; None: no such stream
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Endless micro batches per split; None where the run has no such data."""
+def look_at_tokenizer(config: RunConfig) -> TokenizerFacts:
+    """Open the tokenizer that the configuration names.
 
-    train: MicroBatchSource
-    valid: MicroBatchSource | None
-    test: MicroBatchSource | None
+    Raises:
+        ConfigError: it cannot be opened, or lacks what other keys need.
+    """
+    training = config.training
+    tokenizer = build_tokenizer(
+        config.tokenizer.tokenizer_type,
+        vocab_file=training.vocab_file,
+        merge_file=training.merge_file,
+    )
+    if config.other.eod_mask_loss and tokenizer.eod is None:
+        raise ConfigError(
+            "eod_mask_loss: true needs an end-of-document token, but the tokenizer "
+            f"{training.vocab_file} has no <|endoftext|>"
+        )
+    return TokenizerFacts(tokenizer.vocab_size, tokenizer.eod)
 
 
 @dataclass(frozen=True)
@@ -52,88 +64,102 @@ class RunData:
 
     config: RunConfig
     groups: ProcessGroups
-    summary: _Summary
-    streams: Streams | None
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer, before padding."""
-        return self.summary.vocab_size
-
-    @property
-    def train_iters(self) -> int:
-        """Steps of the whole run."""
-        return self.summary.train_iters
+    plan: ResumePlan
+    tokenizer: TokenizerFacts
+    streams: Mapping[str, Stream]
+    dtypes: Mapping[str, np.dtype[Any]]  # storage type of every stream that is read
 
     def open_sources(
-        self, stack: contextlib.ExitStack, *, consumed_steps: int, vocabulary_rows: int
-    ) -> Sources:
-        """Return the sources of a run that has taken ``consumed_steps`` steps already.
-
-        Every evaluation consumes eval_iters global batches, and the one due at a step counts as
-        done with it.
+        self, stack: contextlib.ExitStack, *, vocabulary_rows: int
+    ) -> dict[str, MicroBatchSource | None]:
+        """Return the micro batches of each stream, from where the plan goes on.
 
         Args:
             stack: what must be closed is put on it.
-            consumed_steps: steps done.
             vocabulary_rows: token ids must be below this (padded) number.
         """
         source = functools.partial(self._source, stack=stack, vocabulary_rows=vocabulary_rows)
-        training = self.config.training
-        batch = self.config.geometry.global_batch_size
-        interval = training.eval_interval
-        evaluations = consumed_steps // interval if interval else 0
-        end = self.train_iters * batch
-        train = source("train", consumed_steps * batch, stop_position=end)
-        assert train is not None  # noqa: S101 - open_run_data has checked it
-        has_evaluations = training.eval_iters > 0
-        valid_position = evaluations * training.eval_iters * batch
-        return Sources(
-            train=train,
-            valid=source("valid", valid_position) if has_evaluations else None,
-            test=source("test", 0) if has_evaluations else None,
+        plan = self.plan
+        segment = plan.train.state.segments.at_step(plan.next_step)
+        end = segment.positions(max(plan.train_iters, plan.next_step)).stop
+        return {
+            "train": source("train", self.config.geometry, stop_position=end),
+            "valid": source("valid", self._evaluation_geometry),
+            "test": source("test", self._evaluation_geometry),
+        }
+
+    @property
+    def _evaluation_geometry(self) -> BatchGeometry:
+        """One evaluation as if it were a step."""
+        geometry = self.config.geometry
+        return BatchGeometry(
+            micro_batch_size=geometry.micro_batch_size,
+            data_parallel_size=geometry.data_parallel_size,
+            gradient_accumulation_steps=geometry.gradient_accumulation_steps
+            * max(1, self.config.training.eval_iters),
         )
 
     def _source(
         self,
         split: str,
-        first_position: int,
+        geometry: BatchGeometry,
         *,
         stack: contextlib.ExitStack,
         vocabulary_rows: int,
         stop_position: int | None = None,
     ) -> MicroBatchSource | None:
-        dtype = self.summary.dtypes[split]
+        dtype = self.dtypes.get(split)
         if dtype is None:
             return None
-        stream: Stream | None = getattr(self.streams, split) if self.streams else None
-        loader = None
-        geometry = self.config.geometry
+        planned = self.plan.streams[cast(StreamName, split)]
+        position = planned.state.next_position
+        stream = self.streams.get(split)
+        loader, consumed = None, None
+        rank = self.groups.place.data_parallel_rank
         if stream is not None:
             name = self.config.training.data_path or f"{split} data"
+            segment = planned.state.segments.at_step(planned.next_step)
             loader = MicroBatchLoader(
-                VocabularyCheck(stream, vocabulary_rows, source=name),
+                VocabularyCheck(_SegmentReader(stream, segment), vocabulary_rows, source=name),
                 geometry,
-                self.groups.place.data_parallel_rank,
-                first_position,
+                rank,
+                position,
                 self.config.training.num_workers,
-                first_step=first_position // geometry.global_batch_size + 1,
+                first_step=planned.next_step,
                 stop_position=stop_position,
             )
+            if self.config.training.save is not None:
+                consumed = ConsumedDigests(
+                    geometry, rank, first_step=planned.next_step, first_position=position
+                )
         batch_format = BatchFormat(
             micro_batch_size=geometry.micro_batch_size,
             seq_length=self.config.model.seq_length,
             storage_dtype=dtype,
-            eod=self.summary.eod,
+            eod=self.tokenizer.eod,
             eod_mask_loss=self.config.other.eod_mask_loss,
         )
-        source = MicroBatchSource(loader, batch_format, self.groups)
+        source = MicroBatchSource(
+            loader, batch_format, self.groups, first_position=position, consumed=consumed
+        )
         stack.callback(source.close)
         return source
 
 
-def open_run_data(config: RunConfig, groups: ProcessGroups) -> RunData:
-    """Open tokenizer and streams; index maps are built by one rank while the others wait.
+class _SegmentReader:
+    """Samples by stream position: the segment says where that is in its order."""
+
+    def __init__(self, stream: Stream, segment: Segment) -> None:
+        self._stream = stream
+        self._offset = segment.order_position(0)
+
+    def read(self, positions: NDArray[np.int64], /) -> NDArray[Any]:
+        """Return the samples at stream ``positions``."""
+        return self._stream.read(positions + self._offset)
+
+
+def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) -> RunData:
+    """Open the planned streams; index maps are built by one rank while the others wait.
 
     Raises:
         MegatronError: on every rank, if any of them cannot open its part.
@@ -142,81 +168,43 @@ def open_run_data(config: RunConfig, groups: ProcessGroups) -> RunData:
     is_builder = groups.rank == 0 if config.training.use_shared_fs else groups.local_rank == 0
     reads = groups.topology.reads_data(groups.place)
 
-    def build() -> tuple[_Summary, Streams] | None:
-        if not is_builder:
-            return None
-        tokenizer = build_tokenizer(
-            config.tokenizer.tokenizer_type,
-            vocab_file=config.training.vocab_file,
-            merge_file=config.training.merge_file,
-        )
-        streams = _open(config, is_builder=True)
-        return _summarise(config, tokenizer, streams), streams
+    def look() -> TokenizerFacts | None:
+        return look_at_tokenizer(config) if groups.rank == 0 else None
+
+    tokenizer = groups.from_rank_0(together(groups, look))
+
+    def build() -> dict[str, Stream]:
+        return _open(config, plan, is_builder=True) if is_builder else {}
 
     built = together(groups, build)
-    if built is None:
-        built_streams = together(groups, lambda: _open(config, is_builder=False) if reads else None)
-    else:
-        built_streams = together(groups, lambda: built[1])
-    summary = groups.from_rank_0(built[0] if built is not None else None)
-    return RunData(config, groups, summary, built_streams if reads else None)
+
+    def read() -> dict[str, Stream]:
+        if not reads or built:
+            return built if reads else {}
+        return _open(config, plan, is_builder=False)
+
+    streams = together(groups, read)
+    dtypes = groups.from_rank_0({name: stream.dtype for name, stream in streams.items()})
+    return RunData(config, groups, plan, tokenizer, streams, dtypes)
 
 
-def _open(config: RunConfig, *, is_builder: bool) -> Streams:
-    training = config.training
-    settings = _stream_settings(config)
-    train_iters = training.train_iters
-    requested = requested_samples(
-        # a run of 0 steps, which only saves or evaluates, has training data too
-        train_iters=max(1, train_iters) if train_iters is not None else None,
-        train_batch_size=config.geometry.global_batch_size,
-        eval_interval=training.eval_interval or (train_iters or 0) + 1,
-        eval_iters=training.eval_iters,
-    )
-    return open_streams(settings, requested, is_builder=is_builder, barrier=lambda: None)
+def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str, Stream]:
+    settings = stream_settings(config)
+    names = map_names(settings, requested_counts(config), identify_datasets(settings))
 
+    def locate(dataset: str) -> DatasetFiles:
+        note = plan.datasets[dataset]
+        return DatasetFiles(note.path, note.companions.get("label"))
 
-def _stream_settings(config: RunConfig) -> StreamSettings:
-    """Read the data keys from the groups they stand in; lists become tuples."""
-    flat = config.flat()
-    names = [field.name for field in dataclasses.fields(StreamSettings)]
-    values = {name: flat[name] for name in names if flat[name] is not None}
-    return StreamSettings(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    )
-
-
-def _summarise(config: RunConfig, tokenizer: Any, streams: Streams) -> _Summary:
-    if streams.train is None:
-        raise ConfigError(
-            _NO_TRAINING_DATA.format(
-                split=config.training.split, data_path=config.training.data_path
-            )
+    return {
+        split: open_order(
+            planned.order,
+            locate,
+            names=names.get(split),
+            is_builder=is_builder,
+            barrier=lambda: None,
+            warm_up=config.training.mmap_warmup,
         )
-    training = config.training
-    train_iters = training.train_iters
-    if train_iters is None:
-        batch = config.geometry.global_batch_size
-        train_iters = train_iters_for_epochs(
-            training.train_epochs,
-            [order.head_length + 1 for order in streams.train.orders],
-            batch,
-        )
-        if train_iters == 0:
-            raise ConfigError(
-                f"train_epochs={training.train_epochs}: the training data ends before the first "
-                f"step, which takes {batch} samples (train_batch_size); use more data, or say in "
-                "train_iters how many steps to take, over the data as often as needed"
-            )
-    if config.other.eod_mask_loss and tokenizer.eod is None:
-        raise ConfigError(
-            f"eod_mask_loss: true needs an end-of-document token, but the tokenizer "
-            f"{training.vocab_file} has no <|endoftext|>"
-        )
-    by_split = {"train": streams.train, "valid": streams.valid, "test": streams.test}
-    return _Summary(
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        train_iters=train_iters,
-        dtypes={name: stream.dtype if stream else None for name, stream in by_split.items()},
-    )
+        for split, planned in plan.streams.items()
+        if planned.is_read
+    }

@@ -14,12 +14,13 @@ from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
 from megatron.checkpoint.save import SaveSettings, save_checkpoint
 from megatron.checkpoint.stored import StoredFacts, read_model_facts
+from megatron.cli.resume_plan import PlannedLaunch, plan_launch
 from megatron.config.load import RunConfig
 from megatron.data.tokenizers import padded_vocab_size
 from megatron.engine.agreement import together
 from megatron.engine.distributed import ProcessGroups
-from megatron.ledger.attempts import AttemptLog
-from megatron.ledger.run_directory import choose_checkpoint, remove_leftovers
+from megatron.engine.journal import Journal
+from megatron.ledger.run_directory import remove_leftovers
 from megatron.ledger.save_lock import SaveLock
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
@@ -33,17 +34,19 @@ class Checkpoints:
 
     config: RunConfig
     groups: ProcessGroups
-    source: Path | None
+    launch: PlannedLaunch
     lock: SaveLock | None  # on rank 0 of a run that saves
 
     @classmethod
     def open(cls, config: RunConfig, groups: ProcessGroups) -> "Checkpoints":
-        """Take ``save`` for this job and decide what is loaded; every rank gets the same answer."""
-        training = config.training
-        load = Path(training.load) if training.load else None
-        save = Path(training.save) if training.save else None
+        """Take ``save`` for this job and plan the launch; the plan is printed, or refused.
 
-        def decide() -> tuple[Path | None, SaveLock | None]:
+        Raises:
+            MegatronError: on every rank, if data, checkpoint and configuration don't fit.
+        """
+        save = Path(config.training.save) if config.training.save else None
+
+        def decide() -> tuple[PlannedLaunch | None, SaveLock | None]:
             if groups.rank != 0:
                 return None, None
             lock = None
@@ -55,14 +58,20 @@ class Checkpoints:
                     on_failure.callback(lock.release)
                 if save is not None:
                     remove_leftovers(save)
-                source = choose_checkpoint(
-                    load, save, iteration=config.other.iteration, finetune=training.finetune
-                )
+                launch = plan_launch(config)
+                for line in launch.lines:
+                    print_rank_0(line)
+                launch.plan.raise_if_refused()
                 on_failure.pop_all()
-            return source, lock
+            return launch, lock
 
-        source, lock = together(groups, decide)
-        return cls(config, groups, groups.from_rank_0(source), lock)
+        launch, lock = together(groups, decide)
+        return cls(config, groups, groups.from_rank_0(launch), lock)
+
+    @property
+    def source(self) -> Path | None:
+        """The checkpoint that is loaded; None: the run starts at step 0."""
+        return self.launch.source.checkpoint
 
     def close(self) -> None:
         """Give ``save`` back."""
@@ -72,7 +81,7 @@ class Checkpoints:
     @property
     def loads_weights_only(self) -> bool:
         """Whether optimizer and schedule start anew."""
-        return self.config.training.finetune or self.config.training.no_load_optim
+        return self.launch.source.finetune or self.config.training.no_load_optim
 
     def facts(self, vocab_size: int) -> ModelFacts:
         """Return the pinned facts: the checkpoint's, or those of a new run.
@@ -120,7 +129,7 @@ class Checkpoints:
     def load_state(self, engine: Any, settings: ModelSettings, facts: ModelFacts) -> int:
         """Restore what is wanted beside the weights; return the step the run goes on from."""
         training = self.config.training
-        if self.source is None or training.finetune:
+        if self.source is None or self.launch.source.finetune:
             return 0
         state = load_checkpoint(
             engine,
@@ -137,29 +146,38 @@ class Checkpoints:
         return state.iteration
 
     def saver(
-        self, engine: Any, facts: ModelFacts, log: AttemptLog | None
-    ) -> Callable[[int], None] | None:
+        self, engine: Any, facts: ModelFacts, journal: Journal | None
+    ) -> Callable[[int, bool], None] | None:
         """Return how a step's checkpoint is written; None if the run isn't saved."""
         training = self.config.training
-        if training.save is None:
+        if training.save is None or journal is None:
             return None
         settings = SaveSettings(
             directory=Path(training.save),
             model_arguments=self._model_arguments(facts),
-            facts=StoredFacts(facts, self.groups.topology.tensor_parallel_size),
+            facts=self.stored_facts(facts),
             config_files=self.config.config_files,
             keep_last_n=training.keep_last_n_checkpoints,
             saves_rng=not training.no_save_rng,
         )
 
-        def save(step: int) -> None:
-            if log is not None:
-                log.sync()
+        def save(step: int, evaluation_due: bool) -> None:
+            ledger = journal.ledger(evaluation_due=evaluation_due)
             save_checkpoint(
-                engine, step, settings, rank=self.groups.rank, gather=self.groups.gather
+                engine,
+                step,
+                settings,
+                rank=self.groups.rank,
+                gather=self.groups.gather,
+                ledger=ledger,
             )
+            journal.committed(ledger)
 
         return save
+
+    def stored_facts(self, facts: ModelFacts) -> StoredFacts:
+        """Return the pinned facts together with the size this run's files are written at."""
+        return StoredFacts(facts, self.groups.topology.tensor_parallel_size)
 
     def _load_settings(self, settings: ModelSettings, facts: ModelFacts) -> LoadSettings:
         return LoadSettings(

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.cli.run_data import RunData, open_run_data
+from megatron.base.errors import MegatronError
+from megatron.cli.resume_plan import PlannedLaunch
+from megatron.cli.run_data import open_run_data
+from megatron.cli.run_ledger import open_journal
 from megatron.cli.run_reports import build_reporter
 from megatron.cli.saved_state import Checkpoints
 from megatron.config.load import RunConfig
@@ -22,7 +24,6 @@ from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizers import build_optimizer
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
-from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
@@ -67,7 +68,21 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         ready = prepare(config, environment, stack, on_loss=on_loss)
-        return run(ready.training, ready.settings, first_step=ready.first_step)
+        journal = ready.training.journal
+        try:
+            reason = run(ready.training, ready.settings, first_step=ready.first_step)
+            if journal is not None:
+                journal.flush()
+        except BaseException as error:
+            if journal is not None:
+                with contextlib.suppress(
+                    MegatronError, OSError
+                ):  # the first error is the one to tell
+                    journal.close(f"failed: {type(error).__name__}")
+            raise
+        if journal is not None:
+            journal.close(reason.value)
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +105,9 @@ def prepare(
     groups = connect(environment, config.topology, backend=config.other.distributed_backend)
     checkpoints = Checkpoints.open(config, groups)
     stack.callback(checkpoints.close)
-    data = open_run_data(config, groups)
-    facts = together(groups, functools.partial(checkpoints.facts, data.vocab_size))
+    launch = checkpoints.launch
+    data = open_run_data(config, groups, launch.plan)
+    facts = together(groups, functools.partial(checkpoints.facts, data.tokenizer.vocab_size))
     settings = together(groups, functools.partial(_model_settings, config, facts))
     tensor_parallel = _tensor_parallel(groups)
     loss_function = functools.partial(_loss, tensor_parallel)
@@ -102,28 +118,29 @@ def prepare(
     )
     module = _build_module(config, groups, settings, tensor_parallel, loss_function)
     checkpoints.load_weights(module, settings, facts)
-    engine, gradient_norm = _build_engine(config, groups, module, data.train_iters)
+    engine, gradient_norm = _build_engine(config, groups, module, launch.plan.train_iters)
     step = checkpoints.load_state(engine, settings, facts)
-    reporter = build_reporter(config, groups, facts, data.train_iters)
+    reporter = build_reporter(config, groups, facts, launch.plan.train_iters)
     stack.callback(reporter.close)
-    log = _open_attempt_log(config, groups)
-    if log is not None:
-        stack.callback(log.close)
-    sources = data.open_sources(stack, consumed_steps=step, vocabulary_rows=facts.padded_vocab_size)
+    sources = data.open_sources(stack, vocabulary_rows=facts.padded_vocab_size)
+    journal = together(
+        groups,
+        lambda: open_journal(config, groups, launch, checkpoints.stored_facts(facts), sources),
+    )
     training = Training(
         engine=engine,
         groups=groups,
         loss_function=loss_function,
-        train_batches=sources.train,
-        valid_batches=sources.valid,
-        test_batches=sources.test,
+        train_batches=sources["train"],
+        valid_batches=sources["valid"],
+        test_batches=sources["test"],
         gradient_norm=gradient_norm,
         reporter=reporter,
-        log=log,
-        save=checkpoints.saver(engine, facts, log),
+        journal=journal,
+        save=checkpoints.saver(engine, facts, journal),
         on_loss=on_loss,
     )
-    return PreparedTraining(training, _loop_settings(config, data), first_step=step + 1)
+    return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)
 
 
 def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
@@ -207,17 +224,11 @@ def _build_engine(
     )
 
 
-def _open_attempt_log(config: RunConfig, groups: ProcessGroups) -> AttemptLog | None:
-    if groups.rank != 0 or config.training.save is None:
-        return None
-    return AttemptLog(Path(config.training.save))
-
-
-def _loop_settings(config: RunConfig, data: RunData) -> LoopSettings:
+def _loop_settings(config: RunConfig, launch: PlannedLaunch) -> LoopSettings:
     training = config.training
     return LoopSettings(
-        train_iters=data.train_iters,
-        train_batch_size=config.geometry.global_batch_size,
+        train_iters=launch.plan.train_iters,
+        evaluates_first=launch.plan.evaluates_first,
         eval_interval=training.eval_interval,
         eval_iters=training.eval_iters,
         exit_interval=training.exit_interval,

@@ -26,6 +26,7 @@ __all__ = [
     "described_data",
     "learning_rates",
     "numerics_of",
+    "requested_counts",
     "stream_settings",
     "tokenizer_identity",
     "wanted_launch",
@@ -102,9 +103,14 @@ def described_data(config: RunConfig) -> DescribedData:
     settings = stream_settings(config)
     identities = identify_datasets(settings)
     training, batch = config.training, config.geometry.global_batch_size
-    orders = describe_streams(settings, _requested(config), identities)
+    orders = describe_streams(settings, requested_counts(config), identities)
     train = orders["train"]
-    epoch_samples = {} if train is None else _epoch_samples(train, identities)
+    if train is None:
+        raise ConfigError(
+            f"there is no training data: the train share of split={training.split!r} is no "
+            f"document of {training.data_path}. Give train a larger share, or a larger dataset"
+        )
+    epoch_samples = _epoch_samples(train, identities)
     train_iters = training.train_iters
     if train_iters is None:
         train_iters = train_iters_for_epochs(
@@ -186,7 +192,8 @@ def without_effect_of(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {name: flat.get(name) for name in ("train_iters", "num_workers")}
 
 
-def _requested(config: RunConfig) -> SplitCounts:
+def requested_counts(config: RunConfig) -> SplitCounts:
+    """Return the samples a run asks of each split, in NeoX's count."""
     training = config.training
     train_iters = training.train_iters
     return requested_samples(

@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron.base.errors import MegatronError
 from megatron.engine.distributed import ProcessGroups
+from megatron.engine.journal import Journal
 from megatron.engine.reports import Reporter
 from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
-from megatron.ledger.attempts import AttemptLog, StepRecord
+from megatron.ledger.attempts import EvaluationRecord, StepRecord
 
 __all__ = ["DivergenceError", "LoopSettings", "StopReason", "Training", "run"]
 
@@ -33,10 +34,10 @@ class LoopSettings:
     """When what happens. Steps count from 1."""
 
     train_iters: int
-    train_batch_size: int  # samples per step
     eval_interval: int | None  # steps between evaluations; None: only at the end
     eval_iters: int  # global batches per evaluation
     exit_interval: int | None
+    evaluates_first: bool  # the checkpoint was saved before its step's evaluation
     is_save_step: Callable[[int], bool]
 
 
@@ -52,8 +53,9 @@ class Training:
     test_batches: MicroBatchSource | None
     gradient_norm: Callable[[], float | None]
     reporter: Reporter
-    log: AttemptLog | None  # rank 0, when the run is saved
-    save: Callable[[int], None] | None  # step -> commit a checkpoint; None: the run isn't saved
+    journal: Journal | None  # None: the run isn't saved, and so nothing is recorded
+    save: Callable[[int, bool], None] | None
+    """(step, whether its evaluation is still due) -> commit a checkpoint. None: not saved."""
     on_loss: Callable[[float], None]
 
 
@@ -62,14 +64,17 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
 
     Raises:
         DivergenceError: too many fp16 overflows in a row.
+        RunDirectoryError: what was read isn't what the lineage says.
     """
     training.reporter.start(first_step - 1)
     if first_step == 1 and training.save is not None and settings.is_save_step(0):
-        training.save(0)
+        training.save(0, False)
+    if settings.evaluates_first:
+        _evaluate_validation(training, settings, first_step - 1)
     last_saved = None
     skips_in_a_row = 0
     for step in range(first_step, settings.train_iters + 1):
-        record, loss_scale = _take_step(training, settings, step)
+        record, loss_scale = _take_step(training, step)
         skips_in_a_row = skips_in_a_row + 1 if record.skipped else 0
         if skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise DivergenceError(
@@ -78,11 +83,12 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
                 "or train in bfloat16"
             )
         training.reporter.step(record, loss_scale=loss_scale)
+        is_evaluated = bool(settings.eval_interval) and step % settings.eval_interval == 0
         if training.save is not None and settings.is_save_step(step):
-            training.save(step)
+            training.save(step, is_evaluated and training.valid_batches is not None)
             last_saved = step
-        if settings.eval_interval and step % settings.eval_interval == 0:
-            _evaluate_validation(training, settings, step, when=f"iteration {step}")
+        if is_evaluated:
+            _evaluate_validation(training, settings, step)
         if settings.exit_interval and step % settings.exit_interval == 0:
             training.groups.barrier()
             training.reporter.line(f"stopping at iteration {step}: exit_interval is reached")
@@ -92,54 +98,76 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
     return StopReason.FINISHED
 
 
-def _take_step(
-    training: Training, settings: LoopSettings, step: int
-) -> tuple[StepRecord, float | None]:
+def _take_step(training: Training, step: int) -> tuple[StepRecord, float | None]:
     engine = training.engine
     skipped_before = engine.skipped_steps
+    position = training.train_batches.position
     started = time.perf_counter()
     loss = train_step(engine, training.train_batches, training.loss_function, training.groups)
     training.on_loss(loss)
     record = StepRecord(
         step=step,
-        position=(step - 1) * settings.train_batch_size,
-        samples=settings.train_batch_size,
+        position=position,
+        samples=engine.train_batch_size(),
         loss=loss,
         lr=engine.lr_scheduler.get_lr()[0],
         grad_norm=training.gradient_norm(),
         skipped=engine.skipped_steps > skipped_before,
         seconds=time.perf_counter() - started,
     )
-    if training.log is not None:
-        training.log.append(record)
+    if training.journal is not None:
+        training.journal.step(record)
     return record, engine.optimizer.loss_scale if engine.fp16_enabled() else None
 
 
-def _evaluate_validation(
-    training: Training, settings: LoopSettings, step: int, *, when: str
-) -> None:
+def _evaluate_validation(training: Training, settings: LoopSettings, step: int) -> None:
     if training.valid_batches is None:
         return
-    loss = _evaluate(training, training.valid_batches, settings)
-    training.reporter.evaluation("validation", loss, step=step, when=when)
+    loss = _evaluate(training, "valid", training.valid_batches, settings, step)
+    training.reporter.evaluation("validation", loss, step=step, when=f"iteration {step}")
 
 
-def _evaluate(training: Training, batches: MicroBatchSource, settings: LoopSettings) -> float:
-    return evaluate(
+def _evaluate(
+    training: Training,
+    stream: str,
+    batches: MicroBatchSource,
+    settings: LoopSettings,
+    step: int,
+    *,
+    at_end: bool = False,
+) -> float:
+    position = batches.position
+    loss = evaluate(
         training.engine,
         batches,
         training.loss_function,
         training.groups,
         iterations=settings.eval_iters,
     )
+    if training.journal is not None:
+        record = EvaluationRecord(
+            stream=stream,
+            after_step=step,
+            position=position,
+            samples=batches.position - position,
+            digest="",  # the journal's to know
+            loss=loss,
+            at_end=at_end,
+        )
+        training.journal.evaluation(record)
+    return loss
 
 
 def _finish(training: Training, settings: LoopSettings, *, already_saved: bool) -> None:
+    """Evaluate once more; these evaluations move no cursor, so that a run can be extended."""
     step = settings.train_iters
-    _evaluate_validation(training, settings, step, when="the end of training for val data")
+    if training.valid_batches is not None:
+        loss = _evaluate(training, "valid", training.valid_batches, settings, step, at_end=True)
+        when = "the end of training for val data"
+        training.reporter.evaluation("validation", loss, step=step, when=when)
     if training.save is not None and step > 0 and not already_saved:
-        training.save(step)
+        training.save(step, False)
     if training.test_batches is not None:
-        loss = _evaluate(training, training.test_batches, settings)
+        loss = _evaluate(training, "test", training.test_batches, settings, step, at_end=True)
         when = "the end of training for test data"
         training.reporter.evaluation("test", loss, step=step, when=when)

@@ -10,6 +10,7 @@ import torch.distributed
 
 from megatron.data.batch import broadcast_tokens, split_tokens
 from megatron.data.loader import MicroBatchLoader
+from megatron.engine.consumed import ConsumedDigests
 from megatron.engine.distributed import ProcessGroups
 
 __all__ = ["BatchFormat", "MicroBatchSource", "evaluate", "train_step"]
@@ -30,12 +31,25 @@ class MicroBatchSource:
     """An endless iterator of ``(inputs, (labels, loss_mask))`` on this rank's device.
 
     Tensor rank 0 reads (its ``loader``); the other tensor ranks have none and receive its tokens.
+
+    Attributes:
+        position: stream position, over all ranks, that the next micro step begins at. Stages that
+            never ask for a batch stay where they began.
+        consumed: counts what this rank has read; None if it doesn't read or nothing is recorded.
     """
 
     def __init__(
-        self, loader: MicroBatchLoader | None, batch_format: BatchFormat, groups: ProcessGroups
+        self,
+        loader: MicroBatchLoader | None,
+        batch_format: BatchFormat,
+        groups: ProcessGroups,
+        *,
+        first_position: int,
+        consumed: ConsumedDigests | None = None,
     ) -> None:
         self._loader = loader
+        self.position = first_position
+        self.consumed = consumed
         self._format = batch_format
         self._groups = groups
 
@@ -44,8 +58,12 @@ class MicroBatchSource:
 
     def __next__(self) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         layout = self._format
+        read = next(self._loader) if self._loader is not None else None
+        if read is not None and self.consumed is not None:
+            self.consumed.add(read)
+        self.position += layout.micro_batch_size * self._groups.topology.data_parallel_size
         tokens = broadcast_tokens(
-            next(self._loader) if self._loader is not None else None,
+            read,
             shape=(layout.micro_batch_size, layout.seq_length + 1),
             dtype=layout.storage_dtype,
             group=self._groups.tensor if self._groups.topology.tensor_parallel_size > 1 else None,
