@@ -23,10 +23,11 @@ from megatron.stream.orders import TokenSpans
 __all__ = ["COUNTED_SAMPLES", "CannotCountError", "Comparison", "Quantity", "compare"]
 
 COUNTED_SAMPLES = 100_000_000
-"""Longer futures are counted only when asked for: a minute per so many samples is too long."""
+"""More are counted only when asked for: so many take about ten minutes of one core."""
 
 _SAMPLES_PER_READ = 1 << 18
-_EVENTS_PER_PASS = 1 << 25  # about a gigabyte
+_EVENTS_PER_PASS = 1 << 27  # two gigabytes; every pass reads all samples again
+_EVENTS_PER_SWEEP = 1 << 20
 _OFFSET_BITS = 31  # documents have fewer tokens, and datasets fewer documents
 
 
@@ -247,15 +248,15 @@ def _events(
 
 
 def _consumed(spans: TokenSpans, seq_length: int) -> TokenSpans:
-    """Cut every sample to its first ``seq_length`` tokens."""
+    """Leave the token out that a full sample has beyond its ``seq_length``."""
     if not len(spans):
         return spans
-    stops = np.cumsum(spans.length)
-    firsts = np.flatnonzero(np.diff(spans.row, prepend=-1))
-    before_row = np.repeat(stops[firsts] - spans.length[firsts], np.diff(firsts, append=len(spans)))
-    excess = np.maximum(stops - before_row - seq_length, 0)
-    cut = TokenSpans(spans.row, spans.document, spans.start, spans.length - excess)
-    return _only(cut, cut.length > 0)
+    last = np.flatnonzero(np.diff(spans.row, append=-1))
+    totals = np.diff(np.cumsum(spans.length)[last], prepend=0)
+    length = spans.length.copy()
+    length[last] -= totals > seq_length
+    cut = TokenSpans(spans.row, spans.document, spans.start, length)
+    return cut if length[last].all() else _only(cut, length > 0)
 
 
 def _only(spans: TokenSpans, where: NDArray[np.bool_]) -> TokenSpans:
@@ -269,31 +270,40 @@ def _sweep(
 ) -> tuple[_Tally, _Tally, _Tally]:
     """Add up the tokens whose running sum is above and below 0."""
     events.sort()
-    level = np.cumsum((events & 1) * 2 - 1)[:-1]
-    place = events >> 1
-    length = np.diff(place)
-    # A document's last event brings the sum back to 0, so no interval leads into the next one.
-    document = place[:-1] >> _OFFSET_BITS
-    surplus = level > 0
-    is_known = np.zeros(len(document), dtype=np.bool_)
-    for first, stop in known:
-        is_known |= (document >= first) & (document < stop)
-    return (
-        _tally(document, level, length, surplus & is_known),
-        _tally(document, level, length, level < 0),
-        _tally(document, level, length, surplus & ~is_known),
-    )
+    more, less, new = _Count(), _Count(), _Count()
+    level_before = 0
+    for start in range(0, len(events) - 1, _EVENTS_PER_SWEEP):
+        part = events[start : start + _EVENTS_PER_SWEEP + 1]
+        level = level_before + np.cumsum((part[:-1] & 1) * 2 - 1)
+        level_before = int(level[-1])
+        place = part >> 1
+        length = np.diff(place)
+        # A document's last event brings the sum back to 0: no interval leads into the next one.
+        document = place[:-1] >> _OFFSET_BITS
+        surplus = (level > 0) & (length > 0)
+        is_known = np.zeros(len(document), dtype=np.bool_)
+        for first, stop in known:
+            is_known |= (document >= first) & (document < stop)
+        tokens = np.abs(level) * length
+        more.add(document, tokens, surplus & is_known)
+        less.add(document, tokens, (level < 0) & (length > 0))
+        new.add(document, tokens, surplus & ~is_known)
+    return more.tally, less.tally, new.tally
 
 
-def _tally(
-    document: NDArray[np.int64],
-    level: NDArray[np.int64],
-    length: NDArray[np.int64],
-    where: NDArray[np.bool_],
-) -> _Tally:
-    chosen = np.flatnonzero(where & (length > 0))
-    if not len(chosen):
-        return _Tally()
-    tokens = int(np.abs(level[chosen] * length[chosen]).sum())
-    documents = 1 + int(np.count_nonzero(np.diff(document[chosen])))
-    return _Tally(tokens, documents)
+class _Count:
+    """Adds up tokens, and documents that come in ascending order."""
+
+    def __init__(self) -> None:
+        self.tally = _Tally()
+        self._last_document = -1
+
+    def add(
+        self, document: NDArray[np.int64], tokens: NDArray[np.int64], where: NDArray[np.bool_]
+    ) -> None:
+        chosen = document[where]
+        if not len(chosen):
+            return
+        borders = np.count_nonzero(np.diff(chosen, prepend=self._last_document))
+        self.tally.add(_Tally(int(tokens[where].sum()), int(borders)))
+        self._last_document = int(chosen[-1])

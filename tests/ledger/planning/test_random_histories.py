@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from megatron.ledger.planning import Found, plan_resume
 from tests.ledger.planning.slow_run import Config, SlowRun
-from tests.ledger.planning.slow_world import SIZES, ledger_after, order_samples
+from tests.ledger.planning.slow_world import (
+    NOTES,
+    SIZES,
+    ledger_after,
+    new_order,
+    order_samples,
+)
 
 _SMALL_CHANGES = ("batch_size", "train_iters", "blend")
 
@@ -176,3 +182,38 @@ def test_the_same_command_again_plans_the_same(data, config, number):
     plan = plan_resume(changed.wanted(), found)
     again = Found(path="/save", record=ledger_after(plan, 0))
     assert plan_resume(changed.wanted(), again).streams == plan.streams
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_evaluations_consume_every_validation_sample_once(data):
+    """Whatever becomes of eval_iters, batch size, data and training, kills included."""
+    datasets = st.sampled_from([("dddd",), ("eeee",), ("dddd", "cccc"), ("cccc", "dddd")])
+    consumed, taken = [], {}
+    found = None
+    for _ in range(data.draw(st.integers(1, 5))):
+        config = data.draw(configs())
+        chosen = data.draw(datasets)
+        iters = data.draw(st.integers(0, 3))
+        valid = new_order(chosen, (1.0,) * len(chosen), 9, seq_length=4, seed=1234)
+        wanted = config.wanted(
+            orders={"train": Config().order(), "valid": valid},
+            datasets=NOTES,
+            eval_interval=2,
+            eval_iters=iters,
+        )
+        plan = plan_resume(wanted, found)
+        plan.raise_if_refused()
+        stream = plan.streams.get("valid")
+        assert (stream is not None and stream.is_read) == (iters > 0)
+        evaluations = data.draw(st.integers(0, 4)) if iters else 0
+        for number in range(evaluations):
+            positions = stream.state.segments.positions(stream.next_step + number)
+            assert len(positions) == iters * config.batch_size
+            consumed += positions
+            start = stream.order_position + positions.start - stream.state.next_position
+            for key, index in order_samples(stream.order, start, start + len(positions)):
+                assert index == taken.get(key, 0)
+                taken[key] = index + 1
+        found = Found(path="/save", record=ledger_after(plan, 1, evaluations=evaluations))
+    assert consumed == list(range(len(consumed)))

@@ -90,6 +90,7 @@ def test_passes_over_documents_add_up(before, after, number):
     def counts(events_per_pass):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(token_counts, "_EVENTS_PER_PASS", events_per_pass)
+            patch.setattr(token_counts, "_EVENTS_PER_SWEEP", events_per_pass + 1)
             patch.setattr(token_counts, "_SAMPLES_PER_READ", 7)
             return compare(
                 component_ranges(before, 0, number),
