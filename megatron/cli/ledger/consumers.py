@@ -104,9 +104,11 @@ def print_totals(
 
 def _summary(rows: list[ConsumerRow]) -> str:
     kept = [row for row in rows if not row.is_abandoned]
-    text = f"{_times(len({row.step for row in kept}), 'step')}, {_times(len(kept), 'sample')}"
+    samples = len({row.position for row in kept})
+    text = f"{_times(len({row.step for row in kept}), 'step')}, {_times(samples, 'sample')}"
     if len(kept) < len(rows):
-        text += f", and {_times(len(rows) - len(kept), 'sample')} of abandoned steps"
+        abandoned = len({(row.attempt, row.position) for row in rows if row.is_abandoned})
+        text += f", and {_times(abandoned, 'sample')} of abandoned steps"
     return text
 
 
