@@ -26,7 +26,6 @@ from megatron.ledger.planning.inputs import (
     LearningRates,
     SampleSource,
     Wanted,
-    dataset_notes,
 )
 from megatron.ledger.planning.plan import plan_resume
 from megatron.ledger.planning.resume_plan import ResumePlan
@@ -40,6 +39,5 @@ __all__ = [
     "ResumePlan",
     "SampleSource",
     "Wanted",
-    "dataset_notes",
     "plan_resume",
 ]

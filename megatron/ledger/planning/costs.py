@@ -1,11 +1,13 @@
 """What a resume costs: samples repeated and skipped, by our way and by NeoX's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron.base.errors import MegatronError
+from megatron.ledger.ledger_file import Adoption
 from megatron.ledger.planning.component_ranges import ComponentRange, component_ranges
 from megatron.ledger.planning.continuation import StreamPlan
-from megatron.ledger.planning.data_changes import Change
+from megatron.ledger.planning.data_changes import Change, component_name
 from megatron.ledger.planning.inputs import OpenOrder, Wanted
 from megatron.ledger.planning.neox_rule import NeoxRule, neox_rule, neox_validation_start
 from megatron.ledger.planning.past import Past, StreamPast
@@ -13,7 +15,7 @@ from megatron.ledger.planning.resume_plan import DataBreak
 from megatron.ledger.planning.token_counts import CannotCountError, Comparison, Quantity, compare
 from megatron.stream.order_description import OrderDescription
 
-__all__ = ["Counting", "break_of_data", "cost_under_neox"]
+__all__ = ["Counting", "adoption_checked", "break_of_data", "cost_under_neox"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,73 +27,84 @@ class Counting:
     is_unlimited: bool = False  # count however many samples there are
 
 
-def break_of_data(
-    wanted: Wanted,
-    past: Past,
-    train: StreamPast,
-    plan: StreamPlan,
-    changes: Sequence[Change],
-    counting: Counting,
-) -> DataBreak | None:
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """The training data of a resume: before, now, and what separates them."""
+
+    wanted: Wanted
+    past: Past
+    train: StreamPast
+    plan: StreamPlan  # how the training stream goes on
+    inexact: Sequence[Change]  # changes without an exact continuation
+
+    @property
+    def leaves_order(self) -> bool:
+        """Whether other samples come from here on: a tokenizer alone changes none."""
+        return any(change.name != "tokenizer" for change in self.inexact)
+
+    @property
+    def remaining_samples(self) -> int:
+        """Samples up to the configured train_iters."""
+        return max(0, self.wanted.train_iters - self.past.step) * self.wanted.train_batch_size
+
+    def undisturbed(self) -> list[ComponentRange]:
+        """Return what the old order would go on with."""
+        start = self.train.order_position
+        return component_ranges(self.train.order, start, start + self.remaining_samples)
+
+    def planned(self) -> list[ComponentRange]:
+        """Return what is read instead, or just as well."""
+        start = self.plan.order_position
+        return component_ranges(self.plan.order, start, start + self.remaining_samples)
+
+
+def break_of_data(resume: Resume, counting: Counting) -> DataBreak | None:
     """Count what changes cost that have no exact continuation; None if there are none.
 
     The undisturbed order goes on from where it is, with the configured batch size, to the
     configured train_iters.
     """
-    if not changes:
+    if not resume.inexact:
         return None
-    keys = tuple(change.name for change in changes)
-    remaining = _remaining_samples(wanted, past.step)
+    wanted, before, after = resume.wanted, resume.train.order, resume.plan.order
+    keys = tuple(change.name for change in resume.inexact)
     comparison, not_counted = None, ""
-    at_most = _at_most(train.order, plan.order, remaining)
-    if keys == ("tokenizer",):  # the same samples in the same order
-        comparison = at_most = _at_most(train.order, plan.order, 0)
-    else:
+    if resume.leaves_order:
+        at_most = _at_most(before, after, resume.remaining_samples)
         try:
             comparison = compare(
-                _undisturbed(train, remaining),
-                component_ranges(plan.order, plan.order_position, plan.order_position + remaining),
-                known=train.order.components,
-                seq_lengths=(train.order.seq_length, plan.order.seq_length),
+                resume.undisturbed(),
+                resume.planned(),
+                known=before.components,
+                seq_lengths=(before.seq_length, after.seq_length),
                 open_order=counting.open_order,
                 is_unlimited=counting.is_unlimited,
             )
         except CannotCountError as error:
             not_counted = str(error)
+    else:
+        comparison = at_most = _at_most(before, after, 0)
     return DataBreak(
         keys=keys,
         is_accepted=set(keys) <= wanted.accept_data_change,
-        horizon_step=max(past.step, wanted.train_iters),
-        enters_at=plan.order_position,
-        neox_enters_at=past.step * wanted.train_batch_size,
+        horizon_step=max(resume.past.step, wanted.train_iters),
+        enters_at=resume.plan.order_position,
+        neox_enters_at=resume.past.step * wanted.train_batch_size,
         comparison=comparison,
         at_most=at_most,
         not_counted=not_counted,
     )
 
 
-def cost_under_neox(
-    wanted: Wanted,
-    past: Past,
-    train: StreamPast,
-    plan: StreamPlan,
-    inexact: Sequence[Change],
-    counting: Counting,
-) -> tuple[NeoxRule | None, tuple[str, ...]]:
+def cost_under_neox(resume: Resume, counting: Counting) -> tuple[NeoxRule | None, tuple[str, ...]]:
     """Return what NeoX would do at this resume, counted if asked for, and remarks on it."""
+    wanted, past, train = resume.wanted, resume.past, resume.train
     order = wanted.orders["train"]
     if not counting.counts_neox or order is None:
         return None, ()
-    remaining = _remaining_samples(wanted, past.step)
-    leaves_order = any(change.name != "tokenizer" for change in inexact)
-    exact = (
-        _undisturbed(train, remaining)
-        if leaves_order
-        else component_ranges(plan.order, plan.order_position, plan.order_position + remaining)
-    )
     rule = neox_rule(
         order,
-        exact,
+        resume.undisturbed() if resume.leaves_order else resume.planned(),
         step=past.step,
         consumed_samples=train.state.next_position,
         batch_size=wanted.train_batch_size,
@@ -102,7 +115,7 @@ def cost_under_neox(
         is_unlimited=counting.is_unlimited,
     )
     remarks = []
-    if {change.name for change in inexact} & {"split", "data"}:
+    if {change.name for change in resume.inexact} & {"split", "data"}:
         remarks.append(
             "NeoX doesn't compare index maps with the data: maps of this name, if there are any, "
             "would be used as they are, and the numbers above would not hold"
@@ -111,6 +124,27 @@ def cost_under_neox(
     if validation is not None:
         remarks.append(validation)
     return rule, tuple(remarks)
+
+
+def adoption_checked(past: Past, train: StreamPast, counting: Counting) -> Adoption | None:
+    """Say of an adopted run, if so, that it read on where NeoX's index maps had ended."""
+    adopted, open_order = past.adopted, counting.open_order
+    if adopted is None or past.run_id is not None or open_order is None:
+        return adopted
+    sentences = []
+    for one in component_ranges(train.order, 0, train.order_position):
+        name = component_name(one.component, past.datasets, train.order)
+        try:
+            length = open_order(one.order).head_length
+        except MegatronError as error:
+            sentences.append(f"{name}: NeoX's index maps went as far as it was read ({error})")
+            continue
+        if one.stop > length:
+            sentences.append(
+                f"{one.stop - length} samples of {name} came after the {length} of NeoX's index "
+                "maps, from a new epoch; NeoX starts over there"
+            )
+    return replace(adopted, assumed=(*adopted.assumed, *sentences))
 
 
 def _at_most(before: OrderDescription, after: OrderDescription, num_samples: int) -> Comparison:
@@ -123,15 +157,6 @@ def _at_most(before: OrderDescription, after: OrderDescription, num_samples: int
         for order in (before, after)
     )
     return Comparison(repeated=added, skipped=skipped, new=added)
-
-
-def _undisturbed(train: StreamPast, num_samples: int) -> list[ComponentRange]:
-    start = train.order_position
-    return component_ranges(train.order, start, start + num_samples)
-
-
-def _remaining_samples(wanted: Wanted, step: int) -> int:
-    return max(0, wanted.train_iters - step) * wanted.train_batch_size
 
 
 def _validation_remark(wanted: Wanted, past: Past) -> str | None:

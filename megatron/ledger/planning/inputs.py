@@ -1,6 +1,5 @@
 """What a resume is planned from: what is asked for, and what was found in the directory to load."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -9,10 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.ledger.ledger_file import DatasetNote, Ledger, TokenizerIdentity
-from megatron.stream.identity import DatasetIdentity
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.orders import TokenSpans
-from megatron.stream.stream_settings import DatasetFiles
 
 __all__ = [
     "DATA_CHANGES",
@@ -23,7 +20,6 @@ __all__ = [
     "SampleSource",
     "StreamName",
     "Wanted",
-    "dataset_notes",
 ]
 
 StreamName = Literal["train", "valid", "test"]
@@ -45,22 +41,6 @@ class SampleSource(Protocol):
 
 OpenOrder = Callable[[OrderDescription], SampleSource]
 """Opens an order to be counted; raises a DatasetError where its content isn't to be had."""
-
-
-def dataset_notes(
-    identities: Mapping[DatasetFiles, DatasetIdentity],
-) -> dict[str, DatasetNote]:
-    """Return what ledgers say of datasets, by identity; paths become absolute."""
-    return {
-        identity.digest: DatasetNote(
-            path=os.path.abspath(files.prefix),
-            level=identity.level,
-            num_documents=identity.num_documents,
-            num_tokens=identity.num_tokens,
-            companions={role: os.path.abspath(path) for role, path in files.companions},
-        )
-        for files, identity in identities.items()
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What a checkpoint says of the run so far, whether observed or worked out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from megatron.base.errors import CheckpointError
@@ -99,7 +99,6 @@ class Past:
     evaluation_due: bool = False
     accepted: tuple[AcceptedChange, ...] = ()
     adopted: Adoption | None = None
-    chain: str | None = field(default=None)
 
     @classmethod
     def of(cls, found: Found) -> Self:
@@ -127,7 +126,6 @@ class Past:
             evaluation_due=ledger.evaluation_due,
             accepted=ledger.accepted,
             adopted=ledger.adopted,
-            chain=ledger.chain,
         )
 
     @classmethod

@@ -14,7 +14,13 @@ from megatron.ledger.planning.continuation import (
     resting_stream,
     same_samples,
 )
-from megatron.ledger.planning.costs import Counting, break_of_data, cost_under_neox
+from megatron.ledger.planning.costs import (
+    Counting,
+    Resume,
+    adoption_checked,
+    break_of_data,
+    cost_under_neox,
+)
 from megatron.ledger.planning.data_changes import (
     Change,
     component_name,
@@ -68,7 +74,7 @@ def _plan_new(wanted: Wanted, found: Found | None) -> ResumePlan:
         run_id=past.run_id if past is not None else None,
         reason=found.reason if found is not None else "",
         streams=streams,
-        orders={plan.order.order_id: plan.order for plan in streams.values()},
+        orders=_orders(streams, {}),
         datasets=wanted.datasets,
         evaluates_first=False,
         notices=_notices(wanted, 0, wanted.datasets),
@@ -90,9 +96,10 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
         *_changes_of_streams(wanted, past, streams),
         *_differences(found.without_effect, wanted.without_effect),
     )
-    data_break = break_of_data(wanted, past, train, streams["train"], inexact, counting)
+    resume = Resume(wanted=wanted, past=past, train=train, plan=streams["train"], inexact=inexact)
+    data_break = break_of_data(resume, counting)
     problems = _problems(wanted, found, inexact, data_break)
-    neox, neox_notes = cost_under_neox(wanted, past, train, streams["train"], inexact, counting)
+    neox, neox_notes = cost_under_neox(resume, counting)
     datasets = {**past.datasets, **wanted.datasets}
     accepted = past.accepted
     if data_break is not None and data_break.is_accepted:
@@ -106,7 +113,7 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
         run_id=past.run_id,
         reason=found.reason,
         streams=streams,
-        orders={**past.orders, **{plan.order.order_id: plan.order for plan in streams.values()}},
+        orders=_orders(streams, past.orders),
         datasets=datasets,
         evaluates_first=past.evaluation_due and "valid" in streams and streams["valid"].is_read,
         changes=changes,
@@ -114,7 +121,7 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
         neox=neox,
         neox_notes=neox_notes,
         accepted=accepted,
-        adopted=past.adopted,
+        adopted=adoption_checked(past, train, counting),
         abandoned=_abandoned(found),
         numerics=_numerics(wanted, found),
         not_restored=_not_restored(wanted),
@@ -156,6 +163,15 @@ def _continued_streams(
                 stream, order, batch_size=batch_size, added_begin_with=begin
             )
     return plans
+
+
+def _orders(
+    plans: Mapping[StreamName, StreamPlan], earlier: Mapping[str, OrderDescription]
+) -> dict[str, OrderDescription]:
+    """Return what the segments name; orders that were planned and never begun are left out."""
+    known = {**earlier, **{plan.order.order_id: plan.order for plan in plans.values()}}
+    named = {segment.order_id for plan in plans.values() for segment in plan.state.segments}
+    return {order_id: order for order_id, order in known.items() if order_id in named}
 
 
 def _changes_of_streams(

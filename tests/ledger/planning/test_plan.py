@@ -451,6 +451,16 @@ def test_a_foreign_checkpoint_is_adopted_with_what_it_really_consumed():
     assert "steps 1..25 are computed, not observed" in plan.data_exactness
 
 
+def test_an_adopted_run_that_outran_its_index_maps_says_so():
+    short = foreign(orders={"train": order(component("aaaa", head_epochs=2))}, step=3)
+    config = Config(datasets=("aaaa",), batch_size=8, train_iters=60)
+    plan = plan_resume(config.wanted(), Found(path="/neox", record=short), _COUNTING)
+    assert plan.adopted.assumed[-1] == (
+        "11 samples of /data/a came after the 13 of NeoX's index maps, from a new epoch; NeoX "
+        "starts over there"
+    )
+
+
 def test_the_first_attempt_after_an_adoption_may_change_things_too():
     config = Config(datasets=("aaaa",), batch_size=4, train_iters=60)
     plan = plan_resume(config.wanted(), Found(path="/neox", record=foreign()))

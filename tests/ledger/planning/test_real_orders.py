@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron.base.errors import DatasetError
-from megatron.ledger.planning import Counting, Found, Wanted, dataset_notes, plan_resume
+from megatron.ledger.ledger_file import DatasetNote
+from megatron.ledger.planning import Counting, Found, Wanted, plan_resume
 from megatron.stream.descriptions import describe_streams, open_order_alone
 from megatron.stream.indexed_dataset import IndexedDatasetBuilder
 from megatron.stream.sample_counts import SplitCounts
@@ -50,7 +51,15 @@ class Launch:
         self.order = describe_streams(settings, requested, self.identities)["train"]
         self.wanted = Wanted(
             orders={"train": self.order},
-            datasets=dataset_notes(self.identities),
+            datasets={
+                identity.digest: DatasetNote(
+                    path=files.prefix,
+                    level=identity.level,
+                    num_documents=identity.num_documents,
+                    num_tokens=identity.num_tokens,
+                )
+                for files, identity in self.identities.items()
+            },
             train_batch_size=_BATCH,
             gradient_accumulation_steps=1,
             train_iters=_STEPS,
