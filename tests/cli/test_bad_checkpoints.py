@@ -116,7 +116,7 @@ def test_another_topologys_optimizer_is_refused_with_ways_on(saved):
 def test_another_schedule_is_refused_with_ways_on(saved):
     message = saved.refusal(lr_decay_iters=5)
     assert message.startswith(
-        "CheckpointError: ranks 0, 1: the learning-rate schedule is not the checkpoint's: "
+        "rank 0: ConfigError: the learning-rate schedule is not the checkpoint's: "
     )
     assert "override_lr_scheduler: true goes on with the configured one from here" in message
 

@@ -41,6 +41,7 @@ VOCABULARY_SIZE = 2048
 # Between the saves after steps 20 and 40, whatever happens while the kill is on its way.
 KILL_AFTER_STEP = 27
 PASS_TIMEOUT_S = 240.0
+LEDGER_LINES = 24  # of each answer
 TRAIN = [sys.executable, "deepy.py", "train.py", str(CONFIG)]
 
 console = Console(highlight=False, soft_wrap=True)
@@ -84,6 +85,7 @@ def main() -> int:
     ]
     for problem in problems[:10]:
         console.print(f"[red]{escape(problem)}[/]")
+    problems += ask_the_ledger(run, step=saved_step + 1)
     print_places(run)
     verdict = f"[bold red]NOT exact: {len(problems)} differences[/]"
     if not problems:
@@ -213,6 +215,21 @@ def newest_save(run: Path) -> int:
     if not latest.is_file():
         raise DemoError(f"{run} has no `latest`: the pass was killed before its first save")
     return int(latest.read_text().strip().removeprefix("global_step"))
+
+
+def ask_the_ledger(run: Path, *, step: int) -> list[str]:
+    """Print what `neox-ledger` says of the resumed run; return what it found wrong."""
+    problems = []
+    for question in (["verify", "--all", "--run", run], ["step", step, "--run", run]):
+        command = [sys.executable, "tools/ledger.py", *map(str, question)]
+        console.print(f"\n[bold]neox-ledger {escape(shlex.join(command[2:]))}[/]")
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = (result.stdout + result.stderr).rstrip().splitlines()
+        shown = lines if len(lines) <= LEDGER_LINES else [*lines[:LEDGER_LINES], "…"]
+        console.print(escape("\n".join(shown)))
+        if result.returncode != 0:
+            problems.append(f"neox-ledger {question[0]} exited with {result.returncode}")
+    return problems
 
 
 def print_places(run: Path) -> None:
