@@ -1,13 +1,16 @@
 """What a question costs before it is answered: modules loaded, processor time."""
 
+import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
+from megatron.cli.ledger.main import main
 from tests.architecture.source_tree import ROOT
 from tests.ledger.queries.histories import eventful_run
 
@@ -54,6 +57,12 @@ def test_questions_load_nothing_heavy(save, arguments):
     report = "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     modules = set(json.loads(run_command(save, *arguments, after=report).splitlines()[-1]))
     assert modules & HEAVY == set()
+
+
+def test_the_console_script_is_this_command():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["neox-ledger"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
 
 
 def test_a_step_is_shown_in_less_than_the_promised_time(save):

@@ -16,8 +16,7 @@ _GAP = "  "
 
 def say(*lines: str) -> None:
     """Print lines of an answer."""
-    for line in lines:
-        print(line)  # noqa: T201 - what a command is for
+    print("\n".join(lines))  # noqa: T201 - what a command is for
 
 
 def note(text: str) -> None:
@@ -26,9 +25,20 @@ def note(text: str) -> None:
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """Print one JSON object, with the number of the format first."""
-    json.dump({"format": FORMAT, **answer}, sys.stdout, indent=1, default=str)
-    sys.stdout.write("\n")
+    """Print one JSON object, with the number of the format first.
+
+    Each member is a line, each item of a list of objects too: readable, and encoded by C code,
+    which indented JSON isn't.
+    """
+    numbered = {"format": FORMAT, **answer}
+    members = [f"{json.dumps(name)}: {_json(value)}" for name, value in numbered.items()]
+    sys.stdout.write("{" + ",\n ".join(members) + "}\n")
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return "[\n  " + ",\n  ".join(json.dumps(item, default=str) for item in value) + "]"
+    return json.dumps(value, default=str)
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -39,12 +49,11 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
     names = [heading.rstrip(">") for heading in headings]
     texts = [["-" if value is None else str(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *texts, strict=True)]
-    for cells in (names, *texts):
-        line = _GAP.join(
-            f"{cell:>{width}}" if heading.endswith(">") else f"{cell:<{width}}"
-            for cell, width, heading in zip(cells, widths, headings, strict=True)
-        )
-        say(line.rstrip())
+    line = _GAP.join(
+        f"{{:{'>' if heading.endswith('>') else '<'}{width}}}"
+        for width, heading in zip(widths, headings, strict=True)
+    )
+    say(*(line.format(*cells).rstrip() for cells in (names, *texts)))
 
 
 def number(value: int) -> str:
@@ -54,5 +63,5 @@ def number(value: int) -> str:
 
 def common_directory(paths: Iterable[Path]) -> Path | None:
     """Return the folder that all files lie in, so that tables need only their names."""
-    folders = {path.parent for path in paths}
+    folders = {path.parent for path in set(paths)}
     return folders.pop() if len(folders) == 1 else None

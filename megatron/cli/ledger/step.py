@@ -4,7 +4,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron.base.errors import DatasetError
@@ -189,7 +188,7 @@ class _Answer(_Parts):
         places = (
             [None] * 3 if slot is None else [slot.data_parallel_rank, slot.micro_step, slot.row]
         )
-        name = Path(self._dataset(draw)).name
+        name = self._dataset(draw).rpartition("/")[2]
         head: list[object] = [self.frame.positions[row], *places, name]
         if self.parts is None:
             return [[*head, None, None, None, None, None]]
