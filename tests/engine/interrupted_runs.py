@@ -80,9 +80,10 @@ class InterruptedRun:
         def build(*_: Any) -> None:
             raise AssertionError("a model is built")
 
-        with monkeypatch.context() as patched, pytest.raises(WorldFailed, match=match) as failed:
+        with monkeypatch.context() as patched:
             patched.setattr("megatron.cli.train._build_module", build)
-            self.launch(**changes)
+            with pytest.raises(WorldFailed, match=match) as failed:
+                self.launch(**changes)
         return str(failed.value)
 
     def launch_killed(self, *, after: int, **changes: Any) -> None:

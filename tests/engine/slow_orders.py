@@ -5,6 +5,7 @@ documents end to end and cuts the line; where it computes cursors, this counts d
 Small data only.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-__all__ = ["Amounts", "SlowDataset", "SlowStream", "difference", "split_documents", "write_dataset"]
+__all__ = [
+    "Amounts",
+    "SlowDataset",
+    "SlowStream",
+    "difference",
+    "requested",
+    "split_documents",
+    "write_dataset",
+]
 
 
 def write_dataset(prefix: Path, seed: int, *, documents: int = 40, longest: int = 64) -> Path:
@@ -49,10 +58,10 @@ def split_documents(split: str, documents: int) -> list[range]:
     shares = [float(text) for text in split.split(",")]
     bounds = [0]
     for share in shares:
-        bounds.append(bounds[-1] + int(round(share / sum(shares) * documents)))
+        bounds.append(bounds[-1] + round(share / sum(shares) * documents))
     excess = bounds[3] - documents
     bounds[1:] = [bound - excess for bound in bounds[1:]]
-    return [range(first, stop) for first, stop in zip(bounds, bounds[1:], strict=False)]
+    return [range(first, stop) for first, stop in itertools.pairwise(bounds)]
 
 
 class SlowDataset:

@@ -1,5 +1,6 @@
 """Interrupted, changed, launched again: what was read against an oracle that is slow and plain."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import pytest
 
 from tests.engine.interrupted_runs import SEED, SEQ_LENGTH, InterruptedRun
-from tests.engine.slow_orders import SlowDataset, SlowStream, split_documents, write_dataset
+from tests.engine.slow_orders import (
+    SlowDataset,
+    SlowStream,
+    requested,
+    split_documents,
+    write_dataset,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -102,4 +109,246 @@ def test_dividing_a_batch_otherwise_changes_no_sample(
     run.launch_killed(after=killed_after)
     run.launch(**DIVISIONS[change])
     assert_read(run, *split_streams(tmp_path / "data" / "a"), Phase(TRAIN_ITERS))
+    assert_verified(run, capsys)
+
+
+@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@pytest.mark.parametrize(
+    "change",
+    ["a larger batch", pytest.param("a smaller batch", marks=pytest.mark.matrix)],
+)
+def test_another_batch_size_goes_on_at_the_next_sample(
+    change: str, killed_after: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    accumulation, batch = BATCHES[change]
+    run = split_run(tmp_path)
+    run.launch_killed(after=killed_after)
+    run.launch(gradient_accumulation_steps=accumulation)
+    phases = Phase(SAVED[killed_after]), Phase(TRAIN_ITERS, batch)
+    assert_read(run, *split_streams(tmp_path / "data" / "a"), *phases)
+    assert_verified(run, capsys)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(3, 18), pytest.param((3, 6, 12, 17), marks=pytest.mark.matrix)],
+    ids=["one extension", "three extensions"],
+)
+def test_a_run_extended_over_two_and_a_half_epochs(
+    lengths: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = split_run(tmp_path)
+    for train_iters in lengths:
+        run.launch(train_iters=train_iters)
+    train, valid = split_streams(tmp_path / "data" / "a", train_iters=lengths[0])
+    epoch = train.datasets[0].samples_per_epoch / BATCH
+    assert lengths[0] <= 0.6 * epoch
+    assert lengths[-1] >= 2.6 * epoch
+    assert_read(run, train, valid, Phase(lengths[-1]))
+    assert_verified(run, capsys)
+
+
+def test_a_run_that_is_killed_and_extended_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = split_run(tmp_path)
+    run.launch_killed(after=MIDDLE, train_iters=8)
+    run.launch(train_iters=23)
+    streams = split_streams(tmp_path / "data" / "a", train_iters=8)
+    assert_read(run, *streams, Phase(23))
+    assert_verified(run, capsys)
+
+
+class BlendedRun(InterruptedRun):
+    """A run that draws from datasets a, b, ... and validates on v."""
+
+    def __init__(self, folder: Path, names: str, weights: list[float]) -> None:
+        for number, name in enumerate("abctv"):
+            write_dataset(folder / "data" / name, 10 + number)
+        super().__init__(folder, {})
+        self.config |= self.drawing(names, weights)
+        self.config |= {
+            f"{split}_data_paths": [str(folder / "data" / split[0])] for split in ("valid", "test")
+        }
+        total = sum(weights)
+        self.slow = {
+            name: SlowDataset(
+                folder / "data" / name,
+                SEQ_LENGTH,
+                SEED,
+                requested(TRAIN_ITERS * BATCH, weight / total),
+            )
+            for name, weight in zip(names, weights, strict=True)
+        }
+        self.train = SlowStream([self.slow[name] for name in names], weights)
+        wanted = requested((TRAIN_ITERS // 6 + 1) * BATCH, 1.0)
+        self.valid = SlowStream([SlowDataset(folder / "data" / "v", SEQ_LENGTH, SEED, wanted)])
+
+    def drawing(self, names: str, weights: list[float]) -> dict[str, Any]:
+        """Return the keys that draw from datasets in these proportions."""
+        paths = [str(self.folder / "data" / name) for name in names]
+        return {"train_data_paths": paths, "train_data_weights": weights}
+
+    def draws(self, names: str, weights: list[float]) -> None:
+        """Tell the oracle that it draws so from now on."""
+        for name in names:
+            if name not in self.slow:  # added later: no head
+                self.slow[name] = SlowDataset(self.folder / "data" / name, SEQ_LENGTH, SEED, None)
+        self.train.change([self.slow[name] for name in names], weights)
+
+
+BLENDS = {
+    "1:1, 2:1, 1:1": [("ab", [1.0, 1.0]), ("ab", [2.0, 1.0]), ("ab", [1.0, 1.0])],
+    "added, removed, returned": [
+        ("ab", [1.0, 1.0]),
+        ("abc", [1.0, 1.0, 2.0]),
+        ("ac", [3.0, 1.0]),
+        ("cab", [1.0, 1.0, 1.0]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "blends",
+    [
+        pytest.param(BLENDS["1:1, 2:1, 1:1"], marks=pytest.mark.matrix),
+        BLENDS["added, removed, returned"],
+    ],
+    ids=list(BLENDS),
+)
+def test_every_dataset_of_a_changed_blend_goes_on_where_it_was(
+    blends: list[tuple[str, list[float]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = BlendedRun(tmp_path, *blends[0])
+    killed_after = [5, 8, 10]  # saved: 3, 6, 9
+    saved = [3, 6, 9]
+    for blend, step in zip(blends[:-1], killed_after, strict=False):
+        run.launch_killed(after=step, **run.drawing(*blend))
+    run.launch(**run.drawing(*blends[-1]))
+    expected = {}
+    ends = [*saved[: len(blends) - 1], TRAIN_ITERS]
+    for blend, end in zip(blends, ends, strict=True):
+        if expected:
+            run.draws(*blend)
+        while len(expected) < end:
+            expected[len(expected) + 1] = run.train.step(BATCH)
+    assert run.read().steps == expected
+    evaluations = [(step, run.valid.step(BATCH)) for step in (6, 12)]
+    assert run.read().evaluations == evaluations
+    assert_verified(run, capsys)
+
+
+def test_a_blend_removed_whole_and_returned_in_another_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = BlendedRun(tmp_path, "ab", [1.0, 1.0])
+    run.launch_killed(after=AT_SAVE)
+    run.launch_killed(after=10, **run.drawing("c", [1.0]))
+    run.launch(**run.drawing("ba", [1.0, 1.0]))
+    expected = [run.train.step(BATCH) for _ in range(6)]
+    run.draws("c", [1.0])
+    expected += [run.train.step(BATCH) for _ in range(3)]
+    run.draws("ba", [1.0, 1.0])
+    expected += [run.train.step(BATCH) for _ in range(3)]
+    assert run.read().steps == dict(enumerate(expected, 1))
+    assert_verified(run, capsys)
+
+
+def reshard(prefix: Path) -> None:
+    """Cut the token file in three, the second cut inside a token."""
+    content = Path(f"{prefix}.bin").read_bytes()
+    cuts = [0, 500, 1001, len(content)]
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        Path(f"{prefix}-{number:05d}-of-00002.bin").write_bytes(content[start:stop])
+    Path(f"{prefix}.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    "is_sharded", [pytest.param(False, marks=pytest.mark.matrix), True], ids=["whole", "sharded"]
+)
+def test_a_dataset_renamed_and_moved_is_the_same(
+    is_sharded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = split_run(tmp_path)
+    streams = split_streams(tmp_path / "data" / "a")
+    run.launch_killed(after=MIDDLE)
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.parent.mkdir()
+    for suffix in ("bin", "idx"):
+        Path(f"{tmp_path / 'data' / 'a'}.{suffix}").rename(f"{moved}.{suffix}")
+    if is_sharded:
+        reshard(moved)
+    run.launch(data_path=str(moved))
+    assert_read(run, *streams, Phase(TRAIN_ITERS))
+    assert_verified(run, capsys)
+
+
+def test_a_roll_back_a_save_a_crash_and_the_same_command_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = split_run(tmp_path)
+    run.launch_killed(after=10)
+    run.launch_killed(after=7, iteration=3, gradient_accumulation_steps=4)
+    again = run.launch(iteration=3, gradient_accumulation_steps=4)
+    assert again.records[0].step == 7  # from the save at 6, not rolled back once more
+    streams = split_streams(tmp_path / "data" / "a")
+    assert_read(run, *streams, Phase(3), Phase(TRAIN_ITERS, 16))
+    assert_verified(run, capsys)
+
+
+def test_a_finetuned_run_begins_anew_and_survives_a_crash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    parent = split_run(tmp_path / "parent")
+    parent.launch_killed(after=AT_SAVE)
+    run = split_run(tmp_path / "child", load=str(parent.save), finetune=True)
+    run.launch_killed(after=MIDDLE)
+    again = run.launch()
+    assert again.records[0].step == 4
+    assert_read(run, *split_streams(tmp_path / "child" / "data" / "a"), Phase(TRAIN_ITERS))
+    assert_verified(run, capsys)
+    assert_verified(parent, capsys)
+
+
+VALIDATIONS = {
+    "more at a time": Phase(TRAIN_ITERS, eval_iters=3),
+    "more often": Phase(TRAIN_ITERS, eval_interval=2),
+}
+
+
+@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@pytest.mark.parametrize(
+    "change", ["more at a time", pytest.param("more often", marks=pytest.mark.matrix)]
+)
+def test_other_validation_settings_go_on_from_its_cursor(
+    change: str, killed_after: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    after = VALIDATIONS[change]
+    run = split_run(tmp_path)
+    run.launch_killed(after=killed_after)
+    run.launch(eval_interval=after.eval_interval, eval_iters=after.eval_iters)
+    streams = split_streams(tmp_path / "data" / "a")
+    assert_read(run, *streams, Phase(SAVED[killed_after]), after)
+    assert_verified(run, capsys)
+
+
+@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+def test_three_changes_at_once(
+    killed_after: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = BlendedRun(tmp_path, "ab", [1.0, 1.0])
+    run.launch_killed(after=killed_after)
+    blend = "bca", [2.0, 1.0, 1.0]
+    run.launch(
+        **run.drawing(*blend),
+        train_iters=30,
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=12,
+        num_workers=2,
+    )
+    saved = SAVED[killed_after]
+    expected = [run.train.step(BATCH) for _ in range(saved)]
+    run.draws(*blend)
+    expected += [run.train.step(12) for _ in range(30 - saved)]
+    assert run.read().steps == dict(enumerate(expected, 1))
     assert_verified(run, capsys)
