@@ -10,7 +10,13 @@ from megatron.stream.blending import normalised, weights_by_num_documents
 from megatron.stream.identity import DatasetIdentity
 from megatron.stream.index_maps import count_tokens, epochs_needed
 from megatron.stream.indexed_dataset import IndexedDataset
-from megatron.stream.opening import MapName, open_order, open_order_alone
+from megatron.stream.opening import (
+    LocateDataset,
+    MapName,
+    OrderPlan,
+    open_order,
+    open_order_alone,
+)
 from megatron.stream.order_description import ComponentDescription, OrderDescription
 from megatron.stream.sample_counts import SplitCounts, samples_per_dataset, split_documents
 from megatron.stream.sequential_order import require_rows
@@ -25,6 +31,7 @@ from megatron.stream.stream_settings import (
 __all__ = [
     "blended_continuation",
     "describe_streams",
+    "epoch_samples",
     "map_names",
     "open_order",
     "open_order_alone",
@@ -99,6 +106,15 @@ def blended_continuation(
         return component.continued(known[component.key], cursors[component.key])
 
     return replace(wanted, components=tuple(map(continued, wanted.components)))
+
+
+def epoch_samples(description: OrderDescription, locate_dataset: LocateDataset) -> dict[str, int]:
+    """Return how many samples one pass over each component's documents gives, by component key.
+
+    With ``pack_until_overflow`` that depends on how documents are shuffled; those of tail block 1
+    are returned.
+    """
+    return OrderPlan.of(description, locate_dataset).epoch_samples
 
 
 @dataclass(frozen=True)

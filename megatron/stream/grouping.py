@@ -18,7 +18,8 @@ def groups(numbers: NDArray[np.integer[Any]]) -> Iterator[tuple[int, NDArray[np.
     """
     if not len(numbers):
         return
-    if (numbers == numbers[0]).all():  # nearly always so for the positions of a micro batch
+    # Nearly always so for the positions of a micro batch.
+    if len(numbers) == 1 or (numbers == numbers[0]).all():
         yield int(numbers[0]), np.arange(len(numbers))
         return
     by_number = np.argsort(numbers, kind="stable")

@@ -25,7 +25,7 @@ from megatron.stream.map_recipes import MapRecipe, PackedRecipe, RowRecipe, Sequ
 from megatron.stream.mapped_order import MappedOrder
 from megatron.stream.order_description import ComponentDescription, OrderDescription
 from megatron.stream.orders import Order, TailBlocks, tail_seed
-from megatron.stream.row_maps import RowRule, keeps, readable_head, rows_per_block
+from megatron.stream.row_maps import RowRule, build_block, keeps, readable_head, rows_per_block
 from megatron.stream.sample_stream import Stream
 from megatron.stream.sequential_order import SequentialOrder, require_rows
 from megatron.stream.stream_settings import DatasetFiles
@@ -150,6 +150,14 @@ class OrderPlan:
         weights = description.weights
         return cls(description, tuple(components), None if weights is None else Blend(weights))
 
+    @property
+    def epoch_samples(self) -> dict[str, int]:
+        """Samples of one pass over each component's documents, by key.
+
+        With ``pack_until_overflow`` those of the first tail block: they depend on the shuffle.
+        """
+        return {one.described.key: one.epoch_samples for one in self.components}
+
     def build_files(self) -> None:
         """Check or write the files that :meth:`open` needs."""
         for component in self.components:
@@ -199,6 +207,18 @@ class _Component:
             )
         if labels is not None and labels.dtype.kind not in "iu":
             raise DatasetError(f"{labels.prefix} holds {labels.dtype}; labels must be integers")
+
+    @property
+    def epoch_samples(self) -> int:
+        if self.order.packing == "packed":
+            return self._shape(1).num_samples
+        if self.order.packing == "sequential":
+            return len(self.described.documents)
+        kept = keeps(self._rule, self.dataset, self.labels)
+        return (
+            rows_per_block(self._rule, kept)
+            or build_block(self._rule, self.dataset.sizes, kept, self._seed(1)).num_samples
+        )
 
     @property
     def usual_samples(self) -> int:

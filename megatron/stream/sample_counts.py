@@ -47,18 +47,25 @@ def requested_samples(
 
 
 def train_iters_for_epochs(
-    train_epochs: int, epoch_samples: Sequence[int], train_batch_size: int
+    train_epochs: int,
+    epoch_samples: Sequence[int],
+    train_batch_size: int,
+    *,
+    packing: str = "packed",
 ) -> int:
     """Return the steps that ``train_epochs`` passes over the datasets take.
 
-    The first epoch is each order's head, which ends one sample early; later ones are tail blocks.
+    The first epoch is each order's head, which ends one sample early, unless the data is read
+    sequentially; later ones are tail blocks.
 
     Args:
         train_epochs: passes, at least 1.
         epoch_samples: samples one epoch of each dataset gives.
         train_batch_size: samples per step.
+        packing: of the order.
     """
-    first = sum(samples - 1 for samples in epoch_samples)
+    unused = 0 if packing == "sequential" else 1
+    first = sum(samples - unused for samples in epoch_samples)
     return (first + (train_epochs - 1) * sum(epoch_samples)) // train_batch_size
 
 

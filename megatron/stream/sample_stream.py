@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron.stream.blending import Blend
-from megatron.stream.explanations import DocumentPart, SampleParts, document_parts
+from megatron.stream.explanations import (
+    DocumentPart,
+    SampleParts,
+    named_tuples,
+    sample_documents,
+)
 from megatron.stream.grouping import groups
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.orders import Occurrences, Order, TokenSpans
@@ -53,6 +58,7 @@ class Stream:
         self.blend = blend
         self.seq_length = description.seq_length
         self.dtype: np.dtype[Any] = np.result_type(*(order.dataset.dtype for order in orders))
+        self._keys = [component.key for component in description.components]
         self._starts = np.array([one.start for one in description.components], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -80,7 +86,7 @@ class Stream:
             ValueError: a position is negative.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        if self.blend is None:
+        if self.blend is None or len(self.orders) == 1:
             block, sample = self.orders[0].locate(positions + self._starts[0])
             return SampleRefs(np.zeros(len(positions), dtype=np.int16), block, sample)
         dataset, index = self.blend.locate(positions)
@@ -125,9 +131,9 @@ class Stream:
     def component_cursors(self, order_position: int) -> dict[str, int]:
         """Return each component's next position once the first ``order_position`` are consumed."""
         return {
-            component.key: component.start + count
-            for component, count in zip(
-                self.description.components, self._counts(order_position), strict=True
+            key: start + count
+            for key, start, count in zip(
+                self._keys, self._starts.tolist(), self._counts(order_position), strict=True
             )
         }
 
@@ -139,39 +145,29 @@ class Stream:
         """
         positions = np.asarray(positions, dtype=np.int64)
         refs = self.locate(positions)
-        spans = self._spans(refs)
-        parts = self._document_parts(spans)
-        borders = np.searchsorted(spans.row, np.arange(len(positions) + 1))
-        tokens = np.concatenate([[0], np.cumsum(spans.length)])[borders]
-        epochs: dict[tuple[int, int], range] = {}
-        result = []
-        for position, component, block, sample, first, stop, num_tokens in zip(
+        documents: list[tuple[DocumentPart, ...]] = [()] * len(positions)
+        for number, rows in groups(refs.dataset):
+            found = sample_documents(self.orders[number], refs.block[rows], refs.sample[rows])
+            if len(rows) == len(positions):
+                documents = found
+                break
+            for row, parts in zip(rows.tolist(), found, strict=True):
+                documents[row] = parts
+        components, blocks = refs.dataset.tolist(), refs.block.tolist()
+        places = list(zip(components, blocks, strict=True))
+        epochs = {place: self.orders[place[0]].epochs(place[1]) for place in set(places)}
+        return named_tuples(
+            SampleParts,
             positions.tolist(),
-            refs.dataset.tolist(),
-            refs.block.tolist(),
+            components,
+            [self._keys[component] for component in components],
+            [self.orders[component].dataset.prefix for component in components],
+            blocks,
+            [epochs[place] for place in places],
             refs.sample.tolist(),
-            borders[:-1].tolist(),
-            borders[1:].tolist(),
-            np.diff(tokens).tolist(),
-            strict=True,
-        ):
-            order = self.orders[component]
-            if (component, block) not in epochs:
-                epochs[component, block] = order.epochs(block)
-            result.append(
-                SampleParts(
-                    position,
-                    component,
-                    self.description.components[component].key,
-                    order.dataset.prefix,
-                    block,
-                    epochs[component, block],
-                    sample,
-                    tuple(parts[first:stop]),
-                    self.seq_length + 1 - num_tokens,
-                )
-            )
-        return result
+            documents,
+            self._padding(documents),
+        )
 
     def positions_of_document(self, component: int, document: int, positions: range) -> Occurrences:
         """Return where within a range of positions a document is read, by ascending position.
@@ -258,21 +254,12 @@ class Stream:
             parts.append(own)
         return _in_row_order(parts)
 
-    def _document_parts(self, spans: StreamSpans) -> list[DocumentPart]:
-        result: list[DocumentPart] = [None] * len(spans)  # type: ignore[list-item] # all are set
-        for number, where in groups(spans.component):
-            dataset = self.orders[number].dataset
-            own = spans
-            if len(where) < len(spans):
-                own = StreamSpans(*(column[where] for column in vars(spans).values()))
-            itemsize = dataset.dtype.itemsize
-            starts = dataset.pointers[own.document] + own.start * itemsize
-            parts = document_parts(dataset.tokens, own, starts, itemsize)
-            if own is spans:
-                return parts
-            for index, part in zip(where.tolist(), parts, strict=True):
-                result[index] = part
-        return result
+    def _padding(self, documents: Sequence[tuple[DocumentPart, ...]]) -> list[int]:
+        """Return how many tokens of each sample are no document's."""
+        if not any(order.is_padded for order in self.orders):
+            return [0] * len(documents)
+        width = self.seq_length + 1
+        return [width - sum(part.stop - part.start for part in parts) for parts in documents]
 
 
 def _in_row_order(parts: list[StreamSpans]) -> StreamSpans:

@@ -6,7 +6,7 @@ index, as Pythia's files have it. A cut may fall anywhere, also inside a token.
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class TokenBytes:
             start = stop
         self.shards: tuple[Shard, ...] = tuple(shards)
         self.size = start
-        self._starts = np.array([shard.start for shard in shards], dtype=np.int64)
+        self.starts = np.array([shard.start for shard in shards], dtype=np.int64)  # bytes
         self._maps: dict[int, NDArray[np.uint8]] = {}
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
@@ -131,9 +131,18 @@ class TokenBytes:
         self, starts: NDArray[np.int64], stops: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the indices of the first and the last shard that hold each span of bytes."""
-        first = np.searchsorted(self._starts, starts, side="right") - 1
-        last = np.searchsorted(self._starts, np.maximum(stops - 1, starts), side="right") - 1
+        first = np.searchsorted(self.starts, starts, side="right") - 1
+        last = np.searchsorted(self.starts, np.maximum(stops - 1, starts), side="right") - 1
         return first, last
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (index of a shard, first byte in it, byte after the last) of ``[start, stop)``."""
+        for index in range(self._shard_at(start), len(self.shards)):
+            shard = self.shards[index]
+            if shard.start >= stop:
+                return
+            if start < shard.stop:
+                yield index, max(start - shard.start, 0), min(stop, shard.stop) - shard.start
 
     def warm_up(self) -> None:
         """Read every shard once, so that the page cache holds what fits."""
@@ -143,7 +152,7 @@ class TokenBytes:
                     pass
 
     def _shard_at(self, start: int) -> int:
-        return max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
+        return max(0, int(np.searchsorted(self.starts, start, side="right")) - 1)
 
     def _map(self, index: int) -> NDArray[np.uint8]:
         mapped = self._maps.get(index)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron.base.errors import DatasetError
 from megatron.stream.descriptions import (
     describe_streams,
+    epoch_samples,
     map_names,
     open_order,
     open_order_alone,
@@ -252,6 +253,33 @@ def test_sizes_that_contradict_offsets_are_refused(folder):
     path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"tokens by their sizes and \d+ by their offsets"):
         open_streams(single(folder), SplitCounts(10, 0, 0), is_builder=True, barrier=lambda: None)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"pack_impl": "unpacked"},
+        {"pack_impl": "pack_until_overflow"},
+        {"data_order": "sequential", "seq_length": 2},
+    ],
+)
+def test_samples_of_a_pass_are_those_of_a_tail_block(tmp_path, keys):
+    paths = tuple(
+        write_dataset(tmp_path / name, np.arange(3 * size).reshape(size, 3))
+        for name, size in (("d", 20), ("e", 31))
+    )
+    settings = StreamSettings(**{"seq_length": 7, "seed": 2, "train_data_paths": paths, **keys})
+    order = described(settings, 10)
+    counts = epoch_samples(order, locator(settings))
+    stream = open_order_alone(order, locator(settings))
+    for component, one in zip(order.components, stream.orders, strict=True):
+        (block,) = {block for block, _, _ in one.tail.pieces(0, counts[component.key])}
+        assert block == 1
+        (_, last, _), (then, _, _) = one.tail.pieces(
+            counts[component.key] - 1, counts[component.key] + 1
+        )
+        assert (last.stop, then) == (counts[component.key], 2)
 
 
 def test_datasets_are_named_with_their_labels(folder):

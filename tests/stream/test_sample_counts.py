@@ -79,3 +79,5 @@ def test_epochs_take_the_steps_that_their_samples_fill(epochs, samples, batch):
     steps = train_iters_for_epochs(epochs, samples, batch)
     available = sum(samples) * epochs - len(samples)
     assert steps == math.floor(available / batch)
+    all_of_them = train_iters_for_epochs(epochs, samples, batch, packing="sequential")
+    assert all_of_them == sum(samples) * epochs // batch
