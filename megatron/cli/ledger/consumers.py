@@ -13,7 +13,7 @@ from megatron.cli.ledger.options import (
     opened_run,
     step_number,
 )
-from megatron.cli.ledger.output import number, print_json, print_table, say
+from megatron.cli.ledger.output import counted, number, print_json, print_table, say
 from megatron.ledger.ledger_file import DatasetNote
 from megatron.ledger.queries.consumer_rows import ConsumerRow, StepTotal, consumer_rows, step_totals
 from megatron.ledger.queries.consumers import (
@@ -95,7 +95,7 @@ def print_totals(
     if as_json:
         print_json({**asked, "steps": [total._asdict() for total in totals]})
         return
-    say(f"{what}: {_times(len({total.step for total in totals}), 'step')}")
+    say(f"{what}: {counted(len({total.step for total in totals}), 'step')}")
     if not totals:
         return
     say("")
@@ -105,15 +105,11 @@ def print_totals(
 def _summary(rows: list[ConsumerRow]) -> str:
     kept = [row for row in rows if not row.is_abandoned]
     samples = len({row.position for row in kept})
-    text = f"{_times(len({row.step for row in kept}), 'step')}, {_times(samples, 'sample')}"
+    text = f"{counted(len({row.step for row in kept}), 'step')}, {counted(samples, 'sample')}"
     if len(kept) < len(rows):
         abandoned = len({(row.attempt, row.position) for row in rows if row.is_abandoned})
-        text += f", and {_times(abandoned, 'sample')} of abandoned steps"
+        text += f", and {counted(abandoned, 'sample')} of abandoned steps"
     return text
-
-
-def _times(count: int, what: str) -> str:
-    return f"{number(count)} {what}{'' if count == 1 else 's'}"
 
 
 def _line(row: ConsumerRow) -> list[object]:

@@ -14,7 +14,7 @@ from megatron.cli.ledger.options import (
     opened_run,
     step_range,
 )
-from megatron.cli.ledger.output import note, number, print_json, say
+from megatron.cli.ledger.output import counted, note, print_json, say
 from megatron.cli.ledger.progress import progress
 from megatron.ledger.queries.export import NpyWriter, ParquetWriter, Writer, batches, export
 from megatron.ledger.queries.run_data import RunData
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"output": str(output), "steps": len(options.steps), "samples": samples})
     else:
-        say(f"{output}: {number(samples)} samples of {number(len(options.steps))} steps")
+        say(f"{output}: {counted(samples, 'sample')} of {counted(len(options.steps), 'step')}")
     return 0
 
 

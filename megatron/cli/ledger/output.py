@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMAT", "common_directory", "note", "number", "print_json", "print_table", "say"]
+__all__ = [
+    "FORMAT",
+    "common_directory",
+    "counted",
+    "note",
+    "number",
+    "print_json",
+    "print_table",
+    "say",
+]
 
 FORMAT = 1
 """Of the JSON answers; raised when a member changes its meaning or goes away."""
@@ -59,6 +68,11 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
 def number(value: int) -> str:
     """Return a count with its thousands apart."""
     return f"{value:,}"
+
+
+def counted(value: int, what: str) -> str:
+    """Return a count of things: ``1 step``, ``2,000 steps``."""
+    return f"{number(value)} {what}{'' if value == 1 else 's'}"
 
 
 def common_directory(paths: Iterable[Path]) -> Path | None:

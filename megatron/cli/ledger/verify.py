@@ -11,7 +11,7 @@ from megatron.cli.ledger.options import (
     opened_run,
     step_range,
 )
-from megatron.cli.ledger.output import number, print_json, say
+from megatron.cli.ledger.output import counted, number, print_json, say
 from megatron.cli.ledger.progress import progress
 from megatron.ledger.queries.findings import Problem, Report
 from megatron.ledger.queries.run_data import RunData
@@ -81,17 +81,17 @@ def _print(report: Report, *, is_data_asked: bool) -> None:
     if report.adopted is not None:
         say(f"adopted    steps {report.adopted}: computed, not observed")
     say(
-        f"recorded   {number(report.recorded)} steps and {number(report.evaluations)} evaluations, "
-        "each line continuing the one before"
+        f"recorded   {counted(report.recorded, 'step')} and "
+        f"{counted(report.evaluations, 'evaluation')}, each line continuing the one before"
         if not _has(report, "lines")
-        else f"recorded   {number(report.recorded)} steps up to the first line that doesn't fit"
+        else f"recorded   {counted(report.recorded, 'step')} up to the first line that doesn't fit"
     )
     if not _has(report, "positions") and not _has(report, "lines"):
         say("positions  every one consumed once (no repeat, no skip)")
     if is_data_asked:
         say(
-            f"digests    {number(len(report.recomputed))} steps and "
-            f"{number(report.recomputed_evaluations)} evaluations computed from the data"
+            f"digests    {counted(len(report.recomputed), 'step')} and "
+            f"{counted(report.recomputed_evaluations, 'evaluation')} computed from the data"
         )
     for change in report.accepted:
         say(
@@ -123,7 +123,7 @@ def _verdict(report: Report) -> str:
     if report.problems:
         first = report.problems[0]
         where = f"first at step {first.step}" if first.step is not None else "of no single step"
-        return f"result     {len(report.problems)} disagreements, {where}"
+        return f"result     {counted(len(report.problems), 'disagreement')}, {where}"
     if report.unknown:
         return "result     nothing disagrees, but not everything could be checked"
     return "result     everything agrees"
