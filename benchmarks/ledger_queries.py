@@ -1,7 +1,7 @@
 """Questions to a run of Pythia's size: 134 M documents, 143,000 steps of 1,024 samples.
 
     python benchmarks/ledger_queries.py                        # a tenth of it
-    python benchmarks/ledger_queries.py --documents 134000000  # whole: 7 GB of disk
+    python benchmarks/ledger_queries.py --documents 134000000  # whole: 4 GB of disk
 
 Sizes are drawn, tokens are a sparse file: only where things are is asked, not what they are. Index
 maps are written before anything is measured, as the run itself would have left them.
