@@ -302,7 +302,7 @@ def test_a_failing_builder_lets_the_others_fail_too(folder, monkeypatch):
     settings = single(folder)
     order = described(settings, 160)
     passed = []
-    monkeypatch.setattr("megatron.stream.opening.build_map_files", fail)
+    monkeypatch.setattr("megatron.stream.component_plans.build_map_files", fail)
     with pytest.raises(DatasetError, match="disk full"):
         open_order(order, locator(settings), is_builder=True, barrier=lambda: passed.append(1))
     assert passed == [1]

@@ -269,3 +269,14 @@ def test_labels_of_another_dataset_are_refused(golden, tmp_path):
 def test_contradicting_keys_are_refused(golden, changes, message):
     with pytest.raises(ConfigError, match=message):
         open_train(dataclasses.replace(golden, **changes))
+
+
+@pytest.mark.parametrize(("num_samples", "epochs"), [(19, range(1, 2)), (20, range(1, 3))])
+def test_a_heads_epochs_are_the_passes_it_begins(tmp_path, num_samples, epochs):
+    path = write_dataset(tmp_path / "d", [[number] * 3 for number in range(1, 21)])
+    stream_settings = StreamSettings(
+        seq_length=5, seed=7, train_data_paths=(path,), pack_impl="unpacked"
+    )
+    order = open_train(stream_settings, num_samples).orders[0]
+    assert order.epochs(0) == epochs
+    assert order.epochs(1) == range(epochs.stop, epochs.stop + 1)

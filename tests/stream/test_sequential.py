@@ -53,7 +53,7 @@ def test_later_passes_shuffle_rows_whole(tmp_path):
 
 def test_large_passes_are_kept_in_files(tmp_path, monkeypatch):
     expected = open_here(settings_of(tmp_path, rows(20))).train.read(range(70))
-    monkeypatch.setattr("megatron.stream.opening._TAIL_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("megatron.stream.component_plans._TAIL_BYTES_IN_MEMORY", 0)
     for _ in range(2):
         stream = open_here(settings_of(tmp_path, rows(20))).train
         assert np.array_equal(stream.read(range(70)), expected)

@@ -165,7 +165,7 @@ def test_allow_chopped_is_a_part_of_names_alone(folder):
 
 def test_large_tail_blocks_are_kept_in_files(folder, monkeypatch):
     expected = open_here(single(folder)).train.read(np.arange(2000))
-    monkeypatch.setattr("megatron.stream.opening._TAIL_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("megatron.stream.component_plans._TAIL_BYTES_IN_MEMORY", 0)
     for _ in range(2):
         assert np.array_equal(open_here(single(folder)).train.read(np.arange(2000)), expected)
     assert len(list(folder.glob("*_tail1_0-388docs_64sl_1234s_packedpi_*.npy"))) == 3
@@ -194,7 +194,7 @@ def test_a_failing_builder_passes_the_barrier(folder, monkeypatch):
     def fail(request):
         raise DatasetError("disk full")
 
-    monkeypatch.setattr("megatron.stream.opening.build_map_files", fail)
+    monkeypatch.setattr("megatron.stream.component_plans.build_map_files", fail)
     passed = []
     with pytest.raises(DatasetError, match="disk full"):
         open_streams(single(folder), ALL, is_builder=True, barrier=lambda: passed.append(1))
