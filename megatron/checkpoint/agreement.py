@@ -42,8 +42,10 @@ def all_or_none(action: Callable[[], T], gather: Gather) -> T:
     cause: Exception | None = None
     try:
         result = action()
-    except (MegatronError, OSError) as error:
-        problem, cause = str(error), error
+    except Exception as error:  # noqa: BLE001 - the peers wait for this rank's answer
+        known = isinstance(error, MegatronError | OSError)
+        problem = str(error) if known else f"{type(error).__name__}: {error}"
+        cause = error
     try:
         require_agreement(problem, gather)
     except CheckpointError as error:

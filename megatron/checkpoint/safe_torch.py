@@ -52,8 +52,9 @@ _DAMAGES = (
 def read_torch_file(path: Path) -> Any:
     """Return the content of ``path`` with every tensor on the CPU.
 
-    Tensors are private mappings of the file where its format allows: cheap to open, read when
-    touched. Clone what outlives the checkpoint directory.
+    Tensors are private mappings of the file where its format allows. Clone what outlives the
+    checkpoint directory. The file is read through once, since torch checks no checksum: a flipped
+    bit in a moment would be trained on.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or holds anything but data.
@@ -63,6 +64,8 @@ def read_torch_file(path: Path) -> Any:
     # Written by torch before 1.6, or by DeepSpeed configured so: a plain pickle can't be mapped.
     is_mappable = zipfile.is_zipfile(path)
     try:
+        if is_mappable:
+            _require_intact(path)
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
     except _DAMAGES as error:
@@ -71,6 +74,13 @@ def read_torch_file(path: Path) -> Any:
             f"{path} ({size} bytes) cannot be read; it is truncated, damaged, or not a checkpoint "
             f"file: {_first_sentence(error)}"
         ) from error
+
+
+def _require_intact(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of its part {damaged} does not match")
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,8 @@ def connect(
             f"{topology.world_size}: pipeline {topology.pipeline_parallel_size} x data "
             f"{topology.data_parallel_size} x tensor {topology.tensor_parallel_size}"
         )
+    # DeepSpeed calls collectives by names that torch is about to retire; users can't change that.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning)
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:

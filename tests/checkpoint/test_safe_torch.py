@@ -71,3 +71,17 @@ def test_a_truncated_file_is_named_with_its_size(tmp_path, kept):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"gone\.pt is missing"):
         read_torch_file(tmp_path / "gone.pt")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path, seed):
+    path = tmp_path / "file.pt"
+    values = torch.arange(10_000.0)
+    torch.save({"exp_avg": values}, path)
+    data = bytearray(path.read_bytes())
+    start = bytes(data).index(values.numpy().tobytes())
+    place = start + int(np.random.default_rng(seed).integers(values.numel() * 4))
+    data[place] ^= 1 << seed % 8
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"file\.pt .*checksum of its part file/data/0"):
+        read_torch_file(path)

@@ -37,7 +37,7 @@ class Launch:
     process: subprocess.Popen[str]
     mark: str
 
-    def finish(self, timeout_s: float = 20.0) -> "Finished":
+    def finish(self, timeout_s: float = 90.0) -> "Finished":
         """Wait for the launcher's end and for its output to be closed."""
         start = time.monotonic()
         stdout, stderr = self.process.communicate(timeout=timeout_s)
