@@ -8,7 +8,7 @@ Small data only.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ __all__ = [
     "requested",
     "split_documents",
     "write_dataset",
+    "write_files",
 ]
 
 
@@ -188,8 +189,8 @@ class Amounts:
 
 
 def difference(
-    old: Iterator[tuple[SlowDataset, np.ndarray]],
-    new: Iterator[tuple[SlowDataset, np.ndarray]],
+    old: Iterable[tuple[SlowDataset, np.ndarray]],
+    new: Iterable[tuple[SlowDataset, np.ndarray]],
     *,
     is_same_content: bool,
 ) -> dict[str, Amounts]:
@@ -217,7 +218,7 @@ def requested(samples: int, weight: float) -> int:
 
 
 def _consumed(
-    samples: Iterator[tuple[SlowDataset, np.ndarray]],
+    samples: Iterable[tuple[SlowDataset, np.ndarray]],
 ) -> Counter[tuple[int, int]]:
     return Counter(
         (dataset.document_of(token), int(token)) for dataset, row in samples for token in row[:-1]

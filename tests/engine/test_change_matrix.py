@@ -1,19 +1,24 @@
 """Interrupted, changed, launched again: what was read against an oracle that is slow and plain."""
 
 import itertools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.engine.interrupted_runs import SEED, SEQ_LENGTH, InterruptedRun
 from tests.engine.slow_orders import (
     SlowDataset,
     SlowStream,
+    difference,
     requested,
     split_documents,
     write_dataset,
+    write_files,
 )
 
 pytestmark = pytest.mark.distributed
@@ -352,3 +357,154 @@ def test_three_changes_at_once(
     expected += [run.train.step(12) for _ in range(30 - saved)]
     assert run.read().steps == dict(enumerate(expected, 1))
     assert_verified(run, capsys)
+
+
+def change_data(run: InterruptedRun, what: str) -> dict[str, Any]:
+    """Change one token, or one document's size, where it lies; keep the original elsewhere."""
+    prefix, kept = run.folder / "data" / "a", run.folder / "data" / "kept"
+    dataset = SlowDataset(prefix, SEQ_LENGTH, SEED, None)
+    write_files(kept, dataset.tokens, dataset.sizes)
+    tokens, sizes = dataset.tokens.copy(), dataset.sizes.copy()
+    document = 7  # of the training share
+    if what == "token":
+        tokens[dataset.starts[document]] ^= 1
+    else:
+        tokens = np.delete(tokens, dataset.starts[document])
+        sizes[document] -= 1
+    write_files(prefix, tokens, sizes)
+    return {}
+
+
+def other_tokenizer(run: InterruptedRun) -> dict[str, Any]:
+    text = (run.folder / "tok.json").read_text()
+    (run.folder / "other.json").write_text(text + "\n")
+    return {"vocab_file": str(run.folder / "other.json")}
+
+
+@dataclass(frozen=True)
+class Break:
+    """A change after which no exact continuation exists, as the oracle sees it."""
+
+    accepts: str
+    keys: Callable[[InterruptedRun], dict[str, Any]]
+    seq_length: int = SEQ_LENGTH
+    seed: int = SEED
+    split: str = SPLIT
+
+    def stream(self, folder: Path) -> SlowStream:
+        """Return the new order where it is entered: after as many tokens as were consumed."""
+        documents = split_documents(self.split, 40)[0]
+        dataset = SlowDataset(
+            folder / "data" / "a",
+            self.seq_length,
+            self.seed,
+            TRAIN_ITERS * BATCH,
+            documents,
+        )
+        dataset.drawn = 3 * BATCH * SEQ_LENGTH // self.seq_length
+        return SlowStream([dataset], position=3 * BATCH)
+
+
+BREAKS = {
+    "seed": Break("seed", lambda run: {"seed": 7}, seed=7),
+    "seq_length": Break("seq_length", lambda run: {"seq_length": 8}, seq_length=8),
+    "split": Break("split", lambda run: {"split": "60,20,20"}, split="60,20,20"),
+    "token": Break("data", lambda run: change_data(run, "token")),
+    "document size": Break("data", lambda run: change_data(run, "size")),
+    "tokenizer": Break("tokenizer", other_tokenizer),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("seq_length", "token") else pytest.mark.matrix)
+        for name in BREAKS
+    ],
+)
+def test_what_has_no_exact_continuation_is_refused_with_counts(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    change = BREAKS[name]
+    is_other_data = change.accepts == "data"
+    run = split_run(tmp_path)
+    run.launch_killed(after=MIDDLE)
+    train, _ = split_streams(tmp_path / "data" / "a")
+    before = [train.step(BATCH) for _ in range(3)]
+    keys = change.keys(run)
+    after, steps = change.stream(tmp_path), TRAIN_ITERS - 3
+    costs = difference(
+        [train.draw() for _ in range(steps * BATCH)],
+        [after.draw() for _ in range(steps * BATCH)],
+        is_same_content=not is_other_data,
+    )
+
+    message = run.refused("cannot go on exactly after step 3", monkeypatch, **keys)
+    for kind, amount in costs.items():
+        documents = str(amount.documents)
+        if is_other_data and kind == "skipped":
+            documents = "an unknown number of"  # the old data isn't there any more
+        counts = rf"{amount.tokens:,} tokens of {documents} documents?"
+        assert re.search(rf"{kind}: +[\d.,]+ samples \({counts}\)", message), (counts, message)
+    assert f"accept_data_change: [{change.accepts}]" in message
+
+    run.launch(accept_data_change=[change.accepts], **keys)
+    after = change.stream(tmp_path)
+    expected = [*before, *(after.step(BATCH) for _ in range(steps))]
+    assert run.read().steps == dict(enumerate(expected, 1))
+    if is_other_data:
+        status, printed = run.verify(capsys)
+        assert (status, "is not what the run read" in printed) == (2, True), printed
+        status, printed = run.verify(capsys, "--data", str(tmp_path / "data" / "kept"))
+    else:
+        status, printed = run.verify(capsys)
+    assert status == 0, printed
+    assert f"digests    {TRAIN_ITERS} steps" in printed
+    assert (
+        f"break      after step 3, as accepted ({change.accepts}): up to step {TRAIN_ITERS} "
+        f"{costs['repeated'].tokens:,} tokens repeated, {costs['skipped'].tokens:,} skipped, "
+        f"{costs['new'].tokens:,} new"
+    ) in printed
+
+
+def edit_a_line(lines: list[str]) -> list[str]:
+    lines[4] = lines[4].replace('"samples": 8', '"samples": 9')
+    return lines
+
+
+TAMPERINGS = {
+    "edited": (edit_a_line, 5),
+    "dropped": (lambda lines: lines[:4] + lines[5:], 5),
+    "swapped": (lambda lines: [*lines[:4], lines[5], lines[4], *lines[6:]], 5),
+}
+
+
+@pytest.mark.parametrize("name", list(TAMPERINGS))
+def test_verify_names_the_first_step_that_was_tampered_with(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained_once: InterruptedRun
+):
+    tamper, step = TAMPERINGS[name]
+    path = trained_once.save / "attempts" / "0001.jsonl"
+    original = path.read_bytes()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(tamper(lines)))
+    try:
+        status, printed = trained_once.verify(capsys)
+    finally:
+        path.write_bytes(original)
+    assert status == 1, printed
+    assert "PROBLEM" in printed
+    assert f"first at step {step}\n" in printed
+    assert "0001.jsonl:5" in printed
+    assert trained_once.verify(capsys)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> InterruptedRun:
+    """Return a run that went to its end at once."""
+    run = split_run(tmp_path_factory.mktemp("once"))
+    run.launch()
+    return run
