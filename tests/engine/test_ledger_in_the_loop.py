@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron.config.load import load_config
+from megatron.config.outcomes import check_launch
 from megatron.ledger.attempt_facts import read_attempt_facts
+from megatron.ledger.digests import batch_digest, digest_text
 from megatron.ledger.ledger_file import read_ledger
 from megatron.ledger.lineage import lineage_of_checkpoint, lineage_of_run
 from megatron.ledger.lineage_check import check_lineage
+from megatron.stream.indexed_dataset import IndexedDatasetBuilder
 from tests.engine.training_runs import ORACLE, neox_config, run_training
 from tests.worlds import WorldFailed
 
@@ -137,3 +142,21 @@ def test_a_roll_back_leaves_a_branch_behind(tmp_path: Path):
     # The same command again goes on instead of rolling back once more.
     again = run_training(config(tmp_path, iteration=4, train_iters=10), tmp_path / "again")
     assert [one.step for one in again.records] == [9, 10]
+
+
+def test_preshuffled_rows_are_read_one_after_the_other(tmp_path: Path):
+    rows = np.random.default_rng(0).integers(2, 300, size=(64, 65)).astype(np.uint16)
+    builder = IndexedDatasetBuilder(str(tmp_path / "rows.bin"), np.uint16)
+    for row in rows:
+        builder.add_item(row)
+        builder.end_document()
+    builder.finalize(str(tmp_path / "rows.idx"))
+    sequential = config(
+        tmp_path, train_iters=3, data_order="sequential", split="1,0,0", eval_interval=100
+    ) | {"data_path": str(tmp_path / "rows")}
+    check_launch(load_config([], sequential, local_slots=lambda: 1))
+    trained = run_training(sequential, tmp_path)
+    assert [record.digest for record in trained.records] == [
+        digest_text(batch_digest(rows[start : start + 8], range(start, start + 8)))
+        for start in (0, 8, 16)
+    ]

@@ -12,9 +12,7 @@ __all__ = ["Ledger"]
 class Ledger:
     """What keeps a run exact, and how it saves."""
 
-    accept_data_change: list[str] = key(
-        [], outcome=refused("start a new run instead: a data change can't be planned yet")
-    )
+    accept_data_change: list[str] = key([], outcome=WORKS)
     """Names of changes that may make a resumed run repeat or skip samples: any of ``seed``,
     ``seq_length``, ``split``, ``packing``, ``tokenizer``, ``data``. Empty: they are refused."""
 
@@ -54,7 +52,5 @@ class Ledger:
     """How often each replicated bias counts under ``gpt_j_residual``: NeoX adds it once per tensor
     rank. Unset: ``model_parallel_size`` when the run began, then what the checkpoint says."""
 
-    data_order: Literal["shuffled", "sequential"] = key(
-        "shuffled", outcome=only("shuffled", advice="leave it out")
-    )
+    data_order: Literal["shuffled", "sequential"] = key("shuffled", outcome=WORKS)
     """``sequential`` reads preshuffled data row by row."""
