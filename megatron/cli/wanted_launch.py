@@ -13,10 +13,8 @@ from megatron.config.topology import Topology
 from megatron.ledger.ledger_file import DatasetNote, TokenizerIdentity
 from megatron.ledger.planning.inputs import LearningRates, StreamName, Wanted
 from megatron.optim.schedules import LearningRateSchedule, ScheduleSettings
-from megatron.stream.descriptions import describe_streams
+from megatron.stream.descriptions import describe_streams, epoch_samples
 from megatron.stream.identity import DatasetIdentity
-from megatron.stream.index_maps import PackedShape, count_tokens
-from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.sample_counts import SplitCounts, requested_samples, train_iters_for_epochs
 from megatron.stream.stream_settings import DatasetFiles, StreamSettings, identify_datasets
@@ -110,11 +108,12 @@ def described_data(config: RunConfig) -> DescribedData:
             f"there is no training data: the train share of split={training.split!r} is no "
             f"document of {training.data_path}. Give train a larger share, or a larger dataset"
         )
-    epoch_samples = _epoch_samples(train, identities)
+    prefixes = {identity.digest: files.prefix for files, identity in identities.items()}
+    passes = epoch_samples(train, prefixes.__getitem__)
     train_iters = training.train_iters
     if train_iters is None:
         train_iters = train_iters_for_epochs(
-            training.train_epochs, list(epoch_samples.values()), batch
+            training.train_epochs, list(passes.values()), batch, packing=train.packing
         )
         if train_iters == 0:
             raise ConfigError(
@@ -123,7 +122,7 @@ def described_data(config: RunConfig) -> DescribedData:
                 "train_iters how many steps to take, over the data as often as needed"
             )
     notes = {identity.digest: _note(files, identity) for files, identity in identities.items()}
-    return DescribedData(dict(orders), notes, epoch_samples, train_iters)
+    return DescribedData(dict(orders), notes, passes, train_iters)
 
 
 def stream_settings(config: RunConfig) -> StreamSettings:
@@ -203,23 +202,6 @@ def requested_counts(config: RunConfig) -> SplitCounts:
         eval_interval=training.eval_interval or (train_iters or 0) + 1,
         eval_iters=training.eval_iters,
     )
-
-
-def _epoch_samples(
-    order: OrderDescription, identities: Mapping[DatasetFiles, DatasetIdentity]
-) -> dict[str, int]:
-    """Return the samples one pass gives, by component; of packings without cuts: none."""
-    prefixes = {identity.digest: files.prefix for files, identity in identities.items()}
-    samples = {}
-    for component in order.components:
-        documents = component.documents
-        if order.packing == "sequential":
-            samples[component.key] = len(documents)
-        elif order.packing == "packed":
-            tokens = count_tokens(IndexedDataset(prefixes[component.dataset]).sizes, documents)
-            shape = PackedShape(documents, tokens, 1, order.seq_length)
-            samples[component.key] = shape.num_samples
-    return samples
 
 
 def _note(files: DatasetFiles, identity: DatasetIdentity) -> DatasetNote:
