@@ -139,27 +139,31 @@ def last_recorded_step(save: Path) -> int:
 
 
 def lines_of_lineage(save: Path) -> Read:
-    """Follow the attempts as a reader with nothing but the files would.
+    """Follow the newest attempt back as a reader with nothing but the files would.
 
-    An attempt that goes on from a checkpoint abandons what was recorded after it; a checkpoint
-    lies before the evaluation of its own step.
+    What it began with names the attempts before it, and each one's last line before the checkpoint.
     """
-    steps: dict[int, tuple[int, int, str]] = {}
-    evaluations: list[dict[str, Any]] = []
-    for path in sorted((save / "attempts").glob("*.jsonl")):
-        loaded = json.loads(path.with_suffix(".json").read_text())["begin"]["step"]
-        steps = {step: line for step, line in steps.items() if step <= loaded}
-        evaluations = [line for line in evaluations if line["after_step"] < loaded]
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            if "stream" in line:
-                evaluations.append(line)
-            else:
-                steps[line["step"]] = _values(line)
-    in_loop = [(one["after_step"], _values(one)) for one in evaluations if not one["at_end"]]
+    attempts = save / "attempts"
+    newest = sorted(attempts.glob("*.jsonl"))[-1]
+    begin = json.loads(newest.with_suffix(".json").read_text())["begin"]
+    lines: list[dict[str, Any]] = []
+    for span in begin["spans"]:
+        if span["run_id"] == begin["run_id"]:
+            lines += _lines(attempts / f"{span['attempt']:04d}.jsonl", span["chain"])
+    lines += _lines(newest, None)
+    evaluations = [line for line in lines if "stream" in line]
     return Read(
-        steps, in_loop, {one["stream"]: _values(one) for one in evaluations if one["at_end"]}
+        {line["step"]: _values(line) for line in lines if "stream" not in line},
+        [(line["after_step"], _values(line)) for line in evaluations if not line["at_end"]],
+        {line["stream"]: _values(line) for line in evaluations if line["at_end"]},
     )
+
+
+def _lines(path: Path, last_chain: str | None) -> list[dict[str, Any]]:
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    if last_chain is None:
+        return lines
+    return lines[: [line["chain"] for line in lines].index(last_chain) + 1]
 
 
 def _values(line: Mapping[str, Any]) -> tuple[int, int, str]:
