@@ -1,7 +1,9 @@
 """Interrupted, changed, launched again: what was read against an oracle that is slow and plain."""
 
 import itertools
+import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.engine.slow_orders import (
     write_dataset,
     write_files,
 )
+from tests.worlds import WorldFailed
 
 pytestmark = pytest.mark.distributed
 
@@ -28,6 +31,13 @@ BATCH = 8
 TRAIN_ITERS = 12
 MIDDLE, AT_SAVE = 5, 6  # killed after these steps: 3 and 6 are saved, 6 is evaluated too
 SAVED = {MIDDLE: 3, AT_SAVE: 6}
+
+
+KILLED = pytest.mark.parametrize(
+    "killed_after",
+    [pytest.param(MIDDLE, marks=pytest.mark.matrix), AT_SAVE],
+    ids=["between saves", "at a save"],
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ DIVISIONS = {
 BATCHES = {"a larger batch": (4, 16), "a smaller batch": (1, 4)}
 
 
-@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@KILLED
 @pytest.mark.parametrize(
     "change",
     [
@@ -117,7 +127,35 @@ def test_dividing_a_batch_otherwise_changes_no_sample(
     assert_verified(run, capsys)
 
 
-@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@pytest.mark.matrix
+def test_one_rank_then_two_then_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = split_run(tmp_path, no_load_optim=True)
+    run.launch_killed(after=MIDDLE)
+    run.launch_killed(after=8, num_gpus=2, gradient_accumulation_steps=1)
+    four = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    run.launch(num_gpus=4, **four)
+    assert_read(run, *split_streams(tmp_path / "data" / "a"), Phase(TRAIN_ITERS))
+    assert_verified(run, capsys)
+
+
+def test_killed_between_a_save_and_its_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run = split_run(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron.engine.loop._evaluate_validation", die)
+        with pytest.raises(WorldFailed, match="died without an answer"):
+            run.launch()
+    assert (run.save / "latest").read_text().strip() == f"global_step{AT_SAVE}"
+    run.launch()
+    assert_read(run, *split_streams(tmp_path / "data" / "a"), Phase(TRAIN_ITERS))
+    assert_verified(run, capsys)
+
+
+@KILLED
 @pytest.mark.parametrize(
     "change",
     ["a larger batch", pytest.param("a smaller batch", marks=pytest.mark.matrix)],
@@ -321,7 +359,7 @@ VALIDATIONS = {
 }
 
 
-@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@KILLED
 @pytest.mark.parametrize(
     "change", ["more at a time", pytest.param("more often", marks=pytest.mark.matrix)]
 )
@@ -337,7 +375,7 @@ def test_other_validation_settings_go_on_from_its_cursor(
     assert_verified(run, capsys)
 
 
-@pytest.mark.parametrize("killed_after", [MIDDLE, AT_SAVE], ids=["between saves", "at a save"])
+@KILLED
 def test_three_changes_at_once(
     killed_after: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
