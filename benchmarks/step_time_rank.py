@@ -104,7 +104,7 @@ def build_plain(config: RunConfig) -> Callable[[], None]:
         module = torch.nn.Sequential(*(layer(shape) for layer in layers))
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.95)),
+        optimizer=torch.optim.AdamW(decay_groups(module), lr=1e-3, betas=(0.9, 0.95)),
         config={
             "train_batch_size": geometry.global_batch_size,
             "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
@@ -128,6 +128,15 @@ def build_plain(config: RunConfig) -> Callable[[], None]:
             engine.step()
 
     return step
+
+
+def decay_groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return the usual two groups: matrices decay, biases and norms don't."""
+    parameters = list(module.parameters())
+    return [
+        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": 0.1},
+        {"params": [each for each in parameters if each.dim() == 1], "weight_decay": 0.0},
+    ]
 
 
 def read_batches(path: Path, size: int, seq_length: int) -> Iterator[Any]:
