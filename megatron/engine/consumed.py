@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from megatron.config.batch_geometry import BatchGeometry
@@ -12,9 +11,15 @@ from megatron.ledger.digests import MODULUS, agreed_digests, batch_digest
 
 __all__ = ["ConsumedDigests", "collect_digests"]
 
+_KEPT_BYTES = 1 << 20  # of samples that wait
+
 
 class ConsumedDigests:
     """Sums the digests of the samples this rank hands to the model, by step.
+
+    Samples are kept and digested many at a time: between two micro steps the model has driven
+    everything out of the processor's caches, and one micro batch costs twenty times as much as in
+    a row of them (benchmarks/ledger_overhead.py).
 
     Args:
         geometry: how a step's samples are divided.
@@ -36,21 +41,33 @@ class ConsumedDigests:
         self._first_step = first_step
         self._first_position = first_position
         self._micro_steps = 0
+        self._kept: list[tuple[int, int, NDArray[Any], Sequence[NDArray[Any]]]] = []
+        self._kept_bytes = 0
         self._sums: dict[int, int] = {}
 
     def add(self, tokens: NDArray[Any], companions: Sequence[NDArray[Any]] = ()) -> None:
-        """Count the next micro batch, as it came from the loader."""
+        """Count the next micro batch, as it came from the loader; nobody may write into it."""
         offset = self._geometry.first_position(self._micro_steps, self._data_parallel_rank)
         step = self._first_step + self._micro_steps // self._geometry.gradient_accumulation_steps
         self._micro_steps += 1
-        positions = self._first_position + offset + np.arange(len(tokens))
-        digest = batch_digest(tokens, positions, companions)
-        self._sums[step] = (self._sums.get(step, 0) + digest) % MODULUS
+        self._kept.append((step, self._first_position + offset, tokens, companions))
+        self._kept_bytes += tokens.nbytes + sum(array.nbytes for array in companions)
+        if self._kept_bytes > _KEPT_BYTES:
+            self._digest_kept()
 
     def take(self) -> dict[int, int]:
         """Return the sums since the last call, by step."""
+        self._digest_kept()
         sums, self._sums = self._sums, {}
         return sums
+
+    def _digest_kept(self) -> None:
+        for step, first_position, tokens, companions in self._kept:
+            positions = range(first_position, first_position + len(tokens))
+            digest = batch_digest(tokens, positions, companions)
+            self._sums[step] = (self._sums.get(step, 0) + digest) % MODULUS
+        self._kept.clear()
+        self._kept_bytes = 0
 
 
 def collect_digests(groups: ProcessGroups, consumed: ConsumedDigests | None) -> dict[int, int]:
