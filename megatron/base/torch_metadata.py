@@ -1,90 +1,168 @@
-"""The plain values in a torch file, read without torch and without running anything it names.
+"""What a torch file holds besides the values of its tensors, read without torch.
 
-``torch.save`` writes a zip archive whose ``data.pkl`` is a pickle; tensors' bytes are other
-members, which are not touched. Every class a pickle names but a few harmless ones becomes an inert
-placeholder, so a file from the internet can do nothing here.
+``torch.save`` writes a zip archive whose part ``data.pkl`` is a pickle; the bytes of tensors are
+other parts, ``data/0`` and so on. Before version 1.6 it wrote several pickles, one after the other,
+and then the bytes. Both are read here as data (see ``data_pickle``), whatever they claim to be: a
+file that may come from the internet is looked at here first, also when torch reads it afterwards.
 """
 
-import collections
-import io
-import pickle
-import zipfile
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
+from megatron.base.data_pickle import (
+    LIMIT_BYTES,
+    ForbiddenNameError,
+    Storage,
+    StoredArray,
+    StoredObject,
+    StoredTensor,
+    read_data_pickle,
+)
 from megatron.base.errors import CheckpointError
+from megatron.base.regular_files import open_regular
+from megatron.base.zip_parts import ZIP_MAGIC, Part, checksum_matches, read_part, read_parts
 
-__all__ = ["Placeholder", "read_torch_metadata"]
+__all__ = [
+    "StoredArray",
+    "StoredObject",
+    "StoredTensor",
+    "TorchFile",
+    "inspect_torch_file",
+    "read_torch_metadata",
+    "require_checksums",
+]
 
-_HARMLESS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): lambda *_: {},
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "list"): list,
-    ("builtins", "dict"): dict,
-    ("builtins", "tuple"): tuple,
-    ("builtins", "complex"): complex,
-    ("builtins", "slice"): slice,
-    ("torch", "Size"): tuple,
-}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_START = b"\x80\x02\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little") + b"."
+_LEGACY_PROTOCOL = 1001
+_NUM_LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages
 
 
-class Placeholder:
-    """Stands for an object that can't be read without its class, such as a tensor."""
+@dataclass(frozen=True)
+class TorchFile:
+    """A torch file whose content is data."""
 
-    def __init__(self, *_values: object, **_named: object) -> None: ...
+    path: Path
+    content: Any  # tensors, arrays and DeepSpeed's objects are stand-ins
+    storages: Mapping[str, Storage]
+    parts: Mapping[str, Part] | None  # None: written before torch 1.6
 
-    def __setstate__(self, state: object) -> None: ...
-
-    def __setitem__(self, key: object, value: object) -> None: ...
-
-    def append(self, item: object) -> None:
-        """Take what a pickle adds to a list."""
-
-    def extend(self, items: object) -> None:
-        """Take what a pickle adds to a list."""
+    @property
+    def is_zip(self) -> bool:
+        """Whether its tensors can be mapped, and have checksums."""
+        return self.parts is not None
 
 
 def read_torch_metadata(path: Path) -> dict[str, Any]:
-    """Return the dictionary in a torch file; tensors and unknown objects are placeholders.
+    """Return the dictionary in a torch file; tensors and objects are stand-ins.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds no dictionary, or was written by a
-            torch older than 1.6.
+        CheckpointError: the file is missing or damaged, names what checkpoints don't need, or
+            holds no dictionary.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next((one for one in archive.namelist() if one.endswith("/data.pkl")), None)
-            if name is None:
-                raise CheckpointError(f"{path} is no torch file: it holds no data.pkl")
-            content = _Reader(io.BytesIO(archive.read(name))).load()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{path} is damaged, or was written by a torch older than 1.6: {error}"
-        ) from error
-    except (
-        OSError,
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        EOFError,
-    ) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    content = inspect_torch_file(path).content
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
     return content
 
 
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return _HARMLESS.get((module, name), Placeholder)
+def inspect_torch_file(path: Path) -> TorchFile:
+    """Return what a torch file holds besides the values of its tensors, which are not read.
 
-    def persistent_load(self, pid: Any) -> Any:
-        return Placeholder()
+    Raises:
+        CheckpointError: the file is missing or damaged, or names what checkpoints don't need.
+    """
+    with open_regular(path) as file:
+        try:
+            start = file.read(len(_LEGACY_START))
+            if start.startswith(ZIP_MAGIC):
+                return _zip_content(path, file)
+            if start == _LEGACY_START:
+                return _legacy_content(path, file)
+        except ForbiddenNameError as error:
+            raise CheckpointError(
+                f"{path} is refused: {error}, which no checkpoint needs and which may run code. "
+                "Nothing was run. Get the file from a source you trust"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{path} ({_size(file)} bytes) cannot be read; it is truncated, damaged, or not a "
+                f"checkpoint file: {error}"
+            ) from error
+        raise CheckpointError(
+            f"{path} ({_size(file)} bytes) cannot be read; it is truncated, damaged, or not a "
+            "checkpoint file: it begins like none of torch's"
+        )
+
+
+def require_checksums(file: TorchFile) -> None:
+    """Read every part of a file and compare its checksum; a file of an old torch has none.
+
+    Raises:
+        CheckpointError: one doesn't match.
+    """
+    if file.parts is None:
+        return
+    with open_regular(file.path) as opened:
+        for part in file.parts.values():
+            if not checksum_matches(opened, part):
+                raise CheckpointError(
+                    f"{file.path} ({_size(opened)} bytes) cannot be read; it is damaged: the "
+                    f"checksum of its part {part.name} does not match"
+                )
+
+
+def _size(file: BufferedReader) -> int:
+    return file.seek(0, 2)
+
+
+def _zip_content(path: Path, file: BufferedReader) -> TorchFile:
+    parts = read_parts(file)
+    folders = [name.removesuffix("/data.pkl") for name in parts if name.endswith("/data.pkl")]
+    if len(folders) != 1 or "/" in folders[0]:
+        raise ValueError("it is no archive of torch's: it does not hold one data.pkl")
+    folder = folders[0]
+    if f"{folder}/constants.pkl" in parts or any(
+        name.startswith(f"{folder}/code/") for name in parts
+    ):
+        raise ForbiddenNameError("it is a TorchScript program")
+    pickled = read_part(file, parts[f"{folder}/data.pkl"], limit_bytes=LIMIT_BYTES)
+    storages: dict[str, Storage] = {}
+    stream = BytesIO(pickled)
+    content = read_data_pickle(stream, storages)
+    if stream.read(1):
+        raise ValueError("something follows its pickle")
+    for storage in storages.values():
+        part = parts.get(f"{folder}/data/{storage.key}")
+        if part is None:
+            raise ValueError(f"the bytes of its storage {storage.key[:100]!r} are missing")
+        if part.size != storage.size_bytes:
+            raise ValueError(
+                f"part {part.name} has {part.size} bytes where {storage.numel} of "
+                f"{storage.dtype} need {storage.size_bytes}"
+            )
+    return TorchFile(path, content, storages, parts)
+
+
+def _legacy_content(path: Path, file: BufferedReader) -> TorchFile:
+    file.seek(0)
+    stream = BytesIO(file.read(LIMIT_BYTES))
+    storages: dict[str, Storage] = {}
+    magic, version, system, content, keys = (
+        read_data_pickle(stream, storages) for _ in range(_NUM_LEGACY_PICKLES)
+    )
+    if (magic, version) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or not isinstance(system, dict):
+        raise ValueError("its version is not known")
+    if system.get("little_endian") is not True:
+        raise ValueError("it was written on a big-endian machine")
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise ValueError("its list of storages is not that of its tensors")
+    # Before the bytes of every storage stands how many elements it has.
+    expected = stream.tell() + sum(8 + storages[key].size_bytes for key in keys)
+    size = _size(file)
+    if size != expected:
+        raise ValueError(f"its tensors need {expected} bytes in all")
+    return TorchFile(path, content, storages, None)

@@ -1,11 +1,11 @@
 """Reading torch files that may come from the internet: data, never code.
 
-Every torch file we open is opened here, with torch's restricted unpickler and the few classes
-below that DeepSpeed and NumPy put into checkpoints. Tensors are mapped, not read, until used.
+Every torch file we open is opened here. It is first read as data without torch, by a machine that
+knows no class (``base.torch_metadata``) and refuses what it doesn't know by name; then by torch's
+restricted unpickler with the few classes below. Tensors are mapped, not read, until used.
 """
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron.base.errors import CheckpointError
+from megatron.base.torch_metadata import inspect_torch_file, require_checksums
 
 __all__ = ["read_torch_file"]
 
@@ -44,43 +45,40 @@ _DAMAGES = (
     IndexError,
     TypeError,
     AttributeError,
+    MemoryError,
+    OverflowError,
+    AssertionError,
     pickle.UnpicklingError,
-    zipfile.BadZipFile,
 )
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, is_verified: bool = False) -> Any:
     """Return the content of ``path`` with every tensor on the CPU.
 
     Tensors are private mappings of the file where its format allows. Clone what outlives the
-    checkpoint directory. The file is read through once, since torch checks no checksum: a flipped
-    bit in a moment would be trained on.
+    checkpoint directory.
+
+    Args:
+        path: the file.
+        is_verified: its bytes have just been compared with a digest. Otherwise the file is read
+            through once, since torch checks no checksum: a flipped bit in a moment would be
+            trained on.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or holds anything but data.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    # Written by torch before 1.6, or by DeepSpeed configured so: a plain pickle can't be mapped.
-    is_mappable = zipfile.is_zipfile(path)
+    inspected = inspect_torch_file(path)
+    if not is_verified:
+        require_checksums(inspected)
     try:
-        if is_mappable:
-            _require_intact(path)
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable)
+            # A file of a torch before 1.6, or of DeepSpeed configured so, can't be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=inspected.is_zip)
     except _DAMAGES as error:
-        size = path.stat().st_size
         raise CheckpointError(
-            f"{path} ({size} bytes) cannot be read; it is truncated, damaged, or not a checkpoint "
-            f"file: {_first_sentence(error)}"
+            f"{path} ({path.stat().st_size} bytes) cannot be read; it is truncated, damaged, or "
+            f"not a checkpoint file: {_first_sentence(error)}"
         ) from error
-
-
-def _require_intact(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"the checksum of its part {damaged} does not match")
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from megatron.base.errors import CheckpointError
-from megatron.base.torch_metadata import Placeholder, read_torch_metadata
+from megatron.base.torch_metadata import StoredArray, StoredTensor, read_torch_metadata
 from tests.architecture.source_tree import ROOT
 
 CHECKPOINT = ROOT / "tests/data/oracle/ckpt_b" / "global_step10" / "mp_rank_00_model_states.pt"
+
+
+def write_archive(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{path.stem}/data.pkl", pickled)
 
 
 def test_what_neox_wrote_is_what_torch_reads():
@@ -20,15 +25,25 @@ def test_what_neox_wrote_is_what_torch_reads():
     assert list(mine) == list(theirs)
     for name in ("lr_scheduler", "iteration", "args", "ds_config", "dp_world_size"):
         assert mine[name] == theirs[name]
-    assert isinstance(mine["torch_rng_state"], Placeholder)
+    assert [list(group.items()) for group in mine["param_shapes"]] == [
+        [(name, tuple(shape)) for name, shape in group.items()] for group in theirs["param_shapes"]
+    ]
+    assert mine["random_rng_state"] == theirs["random_rng_state"]
+    assert mine["torch_rng_state"].shape == tuple(theirs["torch_rng_state"].shape)
+    assert mine["np_rng_state"][1].dtype == "u4"
 
 
-def test_tensors_and_arrays_are_placeholders(tmp_path):
-    torch.save({"step": 3, "weight": torch.ones(2), "array": np.ones(2)}, tmp_path / "a.pt")
-    content = read_torch_metadata(tmp_path / "a.pt")
-    assert content["step"] == 3
-    assert isinstance(content["weight"], Placeholder)
-    assert isinstance(content["array"], Placeholder)
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+def test_tensors_and_arrays_are_described(tmp_path, is_zip):
+    whole = torch.arange(24, dtype=torch.bfloat16).view(4, 6)
+    content = {"step": 3, "part": whole[1:3, 2:], "array": np.ones((2, 5), np.float32)}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    read = read_torch_metadata(tmp_path / "a.pt")
+    assert read["step"] == 3
+    assert isinstance(read["part"], StoredTensor)
+    assert (read["part"].dtype, read["part"].shape) == ("bfloat16", (2, 4))
+    assert (read["part"].offset, read["part"].strides) == (8, (6, 1))
+    assert read["array"] == StoredArray("f4", (2, 5))
 
 
 class _Touches:
@@ -39,24 +54,20 @@ class _Touches:
         return open, (self.path, "w")
 
 
-def test_nothing_that_a_file_names_is_run(tmp_path):
+def test_what_a_file_names_is_not_run_but_refused(tmp_path):
     target = tmp_path / "touched"
-    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
-        archive.writestr("evil/data.pkl", pickle.dumps({"a": _Touches(str(target)), "step": 1}))
-    assert read_torch_metadata(tmp_path / "evil.pt")["step"] == 1
+    write_archive(tmp_path / "evil.pt", pickle.dumps({"a": _Touches(str(target))}, protocol=2))
+    with pytest.raises(CheckpointError, match=r"evil\.pt is refused: it names \w+\.open, which no"):
+        read_torch_metadata(tmp_path / "evil.pt")
     assert not target.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not a zip", "is damaged, or was written by a torch older than 1.6"),
-        (b"", "is damaged, or was written by a torch older than 1.6"),
-    ],
-)
-def test_a_damaged_file_is_an_error(content, message, tmp_path):
+@pytest.mark.parametrize("content", [b"not a zip", b""])
+def test_a_damaged_file_is_an_error(content, tmp_path):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(
+        CheckpointError, match=rf"\({len(content)} bytes\) cannot be read"
+    ):
         read_torch_metadata(tmp_path / "a.pt")
 
 
@@ -66,11 +77,10 @@ def test_files_that_hold_something_else_are_errors(tmp_path):
         read_torch_metadata(tmp_path / "list.pt")
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("other", b"")
-    with pytest.raises(CheckpointError, match=r"is no torch file: it holds no data\.pkl"):
+    with pytest.raises(CheckpointError, match=r"it does not hold one data\.pkl"):
         read_torch_metadata(tmp_path / "zip.pt")
-    with zipfile.ZipFile(tmp_path / "cut.pt", "w") as archive:
-        archive.writestr("cut/data.pkl", pickle.dumps({"step": 1})[:-4])
-    with pytest.raises(CheckpointError, match="is damaged"):
+    write_archive(tmp_path / "cut.pt", pickle.dumps({"step": 1}, protocol=2)[:-4])
+    with pytest.raises(CheckpointError, match="damaged"):
         read_torch_metadata(tmp_path / "cut.pt")
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"missing\.pt is missing"):
         read_torch_metadata(tmp_path / "missing.pt")
