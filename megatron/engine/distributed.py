@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from megatron.base.errors import LaunchError
 from megatron.config.topology import RankCoordinates, Topology
 
 __all__ = ["ProcessGroups", "RankEnvironment", "connect", "rank_environment"]
+
+_SMALL_OBJECT = 1024  # bytes; digests of ten steps are a third of it
+_LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,25 @@ class ProcessGroups:
 
     def gather(self, value: Any) -> list[Any]:
         """Return ``value`` of every rank, in rank order, on every rank."""
-        values: list[Any] = [None] * self.topology.world_size
-        torch.distributed.all_gather_object(values, value, group=self.control)
-        return values
+        size = self.topology.world_size
+        if size == 1:
+            return [value]
+        pickled = pickle.dumps(value)
+        # One collective where torch's all_gather_object needs two, the first for the lengths.
+        mine = torch.zeros(_SMALL_OBJECT, dtype=torch.uint8)
+        head = len(pickled).to_bytes(_LENGTH_BYTES, "little") + pickled
+        if len(head) <= _SMALL_OBJECT:
+            mine[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        else:
+            mine[:_LENGTH_BYTES] = 0xFF
+        gathered = torch.empty(size * _SMALL_OBJECT, dtype=torch.uint8)
+        torch.distributed.all_gather_into_tensor(gathered, mine, group=self.control)
+        rows = gathered.numpy().reshape(size, _SMALL_OBJECT)
+        if (rows[:, :_LENGTH_BYTES] == 0xFF).all(axis=1).any():
+            values: list[Any] = [None] * size
+            torch.distributed.all_gather_object(values, value, group=self.control)
+            return values
+        return [pickle.loads(row[_LENGTH_BYTES:].tobytes()) for row in rows]
 
     def from_rank_0(self, value: Any) -> Any:
         """Return rank 0's ``value`` on every rank."""

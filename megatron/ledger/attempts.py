@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +161,7 @@ def encode_record(record: Record) -> bytes:
     # JSON has no infinity and no NaN: an overflow's norm, a diverged loss are null.
     values = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(record).items()
+        for name, value in vars(record).items()
     }
     if isinstance(record, StepRecord):
         digest = values.pop("digest")
