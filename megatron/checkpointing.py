@@ -97,7 +97,9 @@ def _load_settings(config: RunConfig, source: Path) -> LoadSettings:
     facts = read_model_facts(source, gpt_j_residual=config.model.gpt_j_residual).model
     current = {name: config.get(name) for name in MODEL_ARGUMENTS}
     return LoadSettings(
-        model=ModelSettings.from_config(config.model, config.training, facts),
+        model=ModelSettings.from_config(
+            config.model, config.training, facts, neox_version=config.ledger.neox_version
+        ),
         model_arguments=current | {"padded_vocab_size": facts.padded_vocab_size},
         topology=config.topology,
         rank=torch.distributed.get_rank(),

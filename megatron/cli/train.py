@@ -144,7 +144,9 @@ def prepare(
 
 
 def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
-    settings = ModelSettings.from_config(config.model, config.training, facts)
+    settings = ModelSettings.from_config(
+        config.model, config.training, facts, neox_version=config.ledger.neox_version
+    )
     settings.require_divisible(config.topology.tensor_parallel_size)
     return settings
 

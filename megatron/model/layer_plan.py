@@ -129,4 +129,10 @@ def layer_plan(
 def _rotary_table(settings: ModelSettings, dtype: torch.dtype) -> RotaryTable | None:
     if settings.pos_emb != "rotary":
         return None
-    return RotaryTable(settings.seq_length, settings.rotary_dims, settings.rotary_base, dtype)
+    return RotaryTable(
+        settings.seq_length,
+        settings.rotary_dims,
+        settings.rotary_base,
+        dtype,
+        dtype if settings.rotary_angles == "parameters" else torch.float32,
+    )

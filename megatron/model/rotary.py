@@ -8,15 +8,31 @@ __all__ = ["RotaryTable"]
 class RotaryTable(torch.nn.Module):
     """Cosines and sines of all positions; one table serves every layer of a stage.
 
-    Angles are float32, the table has the parameters' type (spec/model.md §5). Not part of a
-    state dict.
+    The table has the parameters' type, and is not part of a state dict.
+
+    Args:
+        seq_length: positions from 0.
+        dims: leading dimensions of a head that are rotated.
+        base: of the geometric series of frequencies.
+        dtype: of the parameters.
+        angle_dtype: of frequencies, positions and their product. NeoX's main branch takes float32
+            (spec/model.md §5). v1.0 takes the parameters' type, in which large positions round:
+            Pythia was trained with angles up to 0.8 rad off, its 1B models up to 7 (pythia.md §5.5).
     """
 
-    def __init__(self, seq_length: int, dims: int, base: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        seq_length: int,
+        dims: int,
+        base: float,
+        dtype: torch.dtype,
+        angle_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.dims = dims
         inverse_frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-        angles = torch.outer(torch.arange(seq_length, dtype=torch.float32), inverse_frequencies)
+        positions = torch.arange(seq_length, dtype=torch.float32)
+        angles = torch.outer(positions.to(angle_dtype), inverse_frequencies.to(angle_dtype)).float()
         # (sequence, 2 * dims / 2)
         angles = torch.cat([angles, angles], dim=-1)
         self.register_buffer("cosines", angles.cos().to(dtype), persistent=False)

@@ -46,6 +46,7 @@ class ModelSettings:
     pos_emb: Literal["rotary", "learned", "none"] = "rotary"
     rotary_dims: int = 0  # leading dimensions of each head that are rotated
     rotary_base: float = 10000.0
+    rotary_angles: Literal["float32", "parameters"] = "float32"  # the type they are computed in
     position_offset: int = 0  # added to learned positions
 
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -89,13 +90,21 @@ class ModelSettings:
         return self.activation == "swiglu"
 
     @classmethod
-    def from_config(cls, model: Any, training: Any, facts: ModelFacts) -> "ModelSettings":
+    def from_config(
+        cls,
+        model: Any,
+        training: Any,
+        facts: ModelFacts,
+        *,
+        neox_version: Literal["main", "v1.0"] = "main",
+    ) -> "ModelSettings":
         """Build the settings from NeoX's keys.
 
         Args:
             model: the group ``Model``; attributes are NeoX's key names, after derivation.
             training: the group ``Training``, for the two dropout rates.
             facts: the pinned vocabulary and bias multiplicity.
+            neox_version: whose arithmetic to follow where the two differ.
 
         Raises:
             ConfigError: a value is not supported here yet, or values contradict each other.
@@ -126,6 +135,7 @@ class ModelSettings:
             pos_emb=model.pos_emb,
             rotary_dims=int(head_size * model.rotary_pct) if is_rotary else 0,
             rotary_base=float(model.rotary_emb_base),
+            rotary_angles="parameters" if neox_version == "v1.0" else "float32",
             position_offset=model.opt_pos_emb_offset or 0,
             norm=model.norm,
             norm_epsilon=(

@@ -11,6 +11,7 @@ from megatron.model.initialisation import parameter_seed
 from megatron.model.layer_plan import layer_plan
 from megatron.model.loss import cross_entropy_loss, token_losses
 from megatron.model.parallel_layers import TensorParallel
+from megatron.model.rotary import RotaryTable
 from tests.model.composed import ComposedModel, random_samples, randomise, settings_of
 
 ROTARY = {"pos_emb": "rotary", "no_weight_tying": True}
@@ -160,6 +161,25 @@ def test_a_sequence_longer_than_the_rotary_table_is_refused():
     model = ComposedModel(settings_of(**ROTARY))
     with pytest.raises(ValueError, match="a sequence of 17 tokens is longer than the 16 positions"):
         model(torch.zeros(1, 17, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("head_size", "radians"), [(64, 0.37), (80, 0.42), (128, 0.82)])
+def test_rotary_angles_in_half_precision_are_as_far_off_as_in_pythia(head_size, radians):
+    exact = RotaryTable(2048, head_size // 4, 10000.0, torch.float64)
+    rounded = RotaryTable(2048, head_size // 4, 10000.0, torch.float16, torch.float16)
+    cosines, sines = rounded.cosines.double(), rounded.sines.double()
+    difference = torch.atan2(
+        sines * exact.cosines - cosines * exact.sines,
+        cosines * exact.cosines + sines * exact.sines,
+    )
+    assert difference.abs().max().item() == pytest.approx(radians, abs=0.006)
+
+
+def test_rotary_tables_of_bfloat16_pythia_are_far_from_those_of_main():
+    exact = RotaryTable(2048, 64, 10000.0, torch.bfloat16)
+    rounded = RotaryTable(2048, 64, 10000.0, torch.bfloat16, torch.bfloat16)
+    error = (rounded.cosines.float() - exact.cosines.float()).abs().mean().item()
+    assert error == pytest.approx(0.127, abs=0.002)
 
 
 @pytest.mark.parametrize(
