@@ -17,7 +17,7 @@ class RotaryTable(torch.nn.Module):
         dtype: of the parameters.
         angle_dtype: of frequencies, positions and their product. NeoX's main branch takes float32
             (spec/model.md §5). v1.0 takes the parameters' type, in which large positions round:
-            Pythia was trained with angles up to 0.8 rad off, its 1B models up to 7 (pythia.md §5.5).
+            Pythia was trained with angles up to 0.8 rad off, its 1B models 7 (pythia.md §5.5).
     """
 
     def __init__(
