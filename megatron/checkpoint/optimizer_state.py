@@ -14,7 +14,7 @@ import torch
 
 from megatron.base.errors import CheckpointError
 
-__all__ = ["AdaptedState", "adapt_optimizer_state", "with_fused_adam_keys"]
+__all__ = ["AdaptedState", "adapt_optimizer_state", "steps_taken", "with_fused_adam_keys"]
 
 # Settings the configuration decides, with a notice if the checkpoint had others. (NeoX goes on with
 # the checkpoint's without a word.) Of a stored group only the learning rate is taken over: torch's
@@ -35,7 +35,7 @@ def with_fused_adam_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     groups = [dict(group) for group in state["param_groups"]]
     states = {index: dict(entry) for index, entry in state["state"].items()}
     for group in groups:
-        step = _steps_taken(group, states)
+        step = steps_taken(group, states)
         group.setdefault("bias_correction", True)
         group["step"] = step
         if "betas" in group:
@@ -74,7 +74,7 @@ def adapt_optimizer_state(
     states: dict[int, dict[str, Any]] = {}
     groups = []
     for old, live in zip(saved["param_groups"], live_groups, strict=True):
-        step = _steps_taken(old, saved["state"])
+        step = steps_taken(old, saved["state"])
         notices.update(dict.fromkeys(_changed_settings(old, live)))
         group = {key: copy.copy(value) for key, value in live.items() if key != "params"}
         group.update(lr=old["lr"], params=list(old["params"]))
@@ -87,6 +87,12 @@ def adapt_optimizer_state(
                 _require_same_size(entry, parameter, source)
                 states[index] = _adapted_entry(entry, step, gradient_multiple)
     return AdaptedState({"state": states, "param_groups": groups}, tuple(notices))
+
+
+def steps_taken(group: Mapping[str, Any], states: Mapping[Any, Mapping[str, Any]]) -> int:
+    """Return the steps that an optimizer's group has taken, wherever its kind counts them."""
+    counts = [states[index].get("step", 0) for index in group["params"] if index in states]
+    return max(int(count) for count in [group.get("step", 0), *counts])
 
 
 def _adapted_entry(entry: Mapping[str, Any], step: int, multiple: int) -> dict[str, Any]:
@@ -103,11 +109,6 @@ def _adapted_entry(entry: Mapping[str, Any], step: int, multiple: int) -> dict[s
         else:
             adapted[name] = value.clone()
     return adapted
-
-
-def _steps_taken(group: Mapping[str, Any], states: Mapping[Any, Mapping[str, Any]]) -> int:
-    counts = [states[index].get("step", 0) for index in group["params"] if index in states]
-    return max(int(count) for count in [group.get("step", 0), *counts])
 
 
 def _require_same_groups(

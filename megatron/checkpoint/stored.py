@@ -29,6 +29,7 @@ __all__ = [
     "LEDGER_FILE",
     "StoredCheckpoint",
     "StoredFacts",
+    "current_name",
     "layer_file",
     "model_states_file",
     "read_model_facts",
@@ -39,6 +40,7 @@ LEDGER_FILE = "ledger.json"
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _MODEL_STATES_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _SCATTERED_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _SEQUENTIAL_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
 
 # Names of NeoX v1.0, Pythia and NeoX-20B, and buffers those files hold that are computed now.
@@ -65,6 +67,13 @@ def zero_file(data_rank: int, model_rank: int, *, bf16: bool) -> str:
     return f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
 
+def current_name(name: str) -> str:
+    """Return what a tensor is called now that a file calls ``name``."""
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
 @dataclass(frozen=True)
 class StoredFacts:
     """The pinned facts of a stored model and the tensor-parallel size of its files."""
@@ -76,14 +85,20 @@ class StoredFacts:
 class StoredCheckpoint:
     """One ``global_stepN`` directory. Files are opened when asked for, and only once.
 
+    Args:
+        directory: the checkpoint.
+        is_verified: its files' digests or checksums were just checked, so that opening one need
+            not read it through.
+
     Raises:
         CheckpointError: it is not a checkpoint, or its files contradict each other.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_verified: bool = False) -> None:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         self.directory = directory
+        self._reading = {"is_verified": True} if is_verified else {}
         names = [entry.name for entry in directory.iterdir()]
         self.layers: dict[int, list[int]] = {}  # layer -> tensor ranks whose file exists
         for match in filter(None, map(_LAYER_FILE.fullmatch, names)):
@@ -91,6 +106,11 @@ class StoredCheckpoint:
         self.model_ranks = sorted(
             int(match[1]) for match in filter(None, map(_MODEL_STATES_FILE.fullmatch, names))
         )
+        # (model rank, data-parallel rank) -> file with that rank's part of the optimizer state
+        self.optimizer_files = {
+            (int(match[2]), int(match[1])): match[0]
+            for match in filter(None, map(_ZERO_FILE.fullmatch, names))
+        }
         # By ZeRO 3: every data-parallel rank has a model-states file, with its part of the weights.
         self.is_scattered = any(map(_SCATTERED_FILE.fullmatch, names))
         if not (self.layers or self.model_ranks):
@@ -108,6 +128,24 @@ class StoredCheckpoint:
     def has_layer_files(self) -> bool:
         """Whether a pipeline wrote it."""
         return bool(self.layers)
+
+    @cached_property
+    def layer_numbers(self) -> list[int]:
+        """The layers with parameters, in order.
+
+        Raises:
+            CheckpointError: the weights are not named by layer.
+        """
+        if self.has_layer_files:
+            return sorted(self.layers)
+        return sorted(self._sequential_layers(0))
+
+    @cached_property
+    def num_stages(self) -> int:
+        """Pipeline stages that wrote it; 1 for a sequential module."""
+        tensor = self.tensor_parallel_size
+        world = self.model_states(self.model_ranks[0]).get("mp_world_size", len(self.model_ranks))
+        return max(1, world // tensor)
 
     @cached_property
     def tensor_parallel_size(self) -> int:
@@ -247,7 +285,7 @@ class StoredCheckpoint:
 
     def _open(self, name: str) -> dict[str, Any]:
         if name not in self._opened:
-            content = read_torch_file(self.directory / name)
+            content = read_torch_file(self.directory / name, **self._reading)
             if not isinstance(content, Mapping):
                 raise CheckpointError(
                     f"{self.directory / name} holds a {type(content).__name__}, not a dictionary"
@@ -312,7 +350,5 @@ def _current_names(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if name.endswith(_COMPUTED):
             continue
-        for old, new in _OLD_NAMES.items():
-            name = name.replace(old, new)
-        named[name] = tensor
+        named[current_name(name)] = tensor
     return named

@@ -18,7 +18,7 @@ from megatron.checkpoint.stored import StoredCheckpoint
 from megatron.model.settings import ModelSettings
 from megatron.model.tp_layout import tensor_split
 
-__all__ = ["copy_weights", "numbered_layers", "rank_part", "read_weights"]
+__all__ = ["copy_weights", "numbered_layers", "rank_part", "read_weights", "stored_shape"]
 
 LayerWeights = dict[int, dict[str, torch.Tensor]]
 """Layer number -> tensor name -> this rank's part."""
@@ -152,7 +152,7 @@ def _read_layer(
     for name, tensor in wanted.items():
         parts = []
         for source, (path, tensors) in files.items():
-            expected = _stored_shape(name, _whole_shape(tensor), settings, len(ranks))
+            expected = stored_shape(name, _whole_shape(tensor), settings, len(ranks))
             if tuple(tensors[name].shape) != expected:
                 raise CheckpointError(
                     f"{path}: {name} of layer {index} has shape {tuple(tensors[name].shape)}, but "
@@ -168,7 +168,7 @@ def _read_layer(
     return result
 
 
-def _stored_shape(
+def stored_shape(
     name: str, local_shape: tuple[int, ...], settings: ModelSettings, parts: int
 ) -> tuple[int, ...]:
     division = tensor_split(name, settings)

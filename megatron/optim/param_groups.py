@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["NORM_CLASS_NAMES", "weight_decay_groups"]
+__all__ = ["NORM_CLASS_NAMES", "decays_by_name", "weight_decay_groups"]
 
 # NeoX decides by class name; a norm class of ours must carry one of these.
 NORM_CLASS_NAMES = frozenset(
@@ -19,6 +19,22 @@ NORM_CLASS_NAMES = frozenset(
         "TERMSNorm",
     }
 )
+
+# What a layer calls its norms, of whatever class.
+_NORM_MODULES = frozenset({"input_layernorm", "post_attention_layernorm", "norm"})
+
+
+def decays_by_name(name: str) -> bool:
+    """Whether the parameter called ``name`` (with or without a layer's number) decays.
+
+    Where no module is at hand, as for a stored checkpoint; the same as :func:`weight_decay_groups`.
+
+    Example:
+        >>> decays_by_name("2.mlp.linear1.weight"), decays_by_name("7.norm.scale")
+        (True, False)
+    """
+    *modules, kind = name.split(".")
+    return kind != "bias" and not _NORM_MODULES.intersection(modules)
 
 
 def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
