@@ -5,7 +5,8 @@ dropped, moved or added); that the checkpoint's chain head and sum of digests ar
 it covers; that every step consumed exactly its positions (no repeat, no skip), evaluations too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from megatron.ledger.attempts import (
     Line,
     StepRecord,
     attempt_files,
+    attempt_lines_path,
     attempt_number,
     decode_line,
+    next_attempt_number,
 )
 from megatron.ledger.chain import next_chain
 from megatron.ledger.digests import MODULUS, digest_text, digest_value
@@ -82,6 +85,7 @@ def check_lineage(lineage: Lineage) -> LineageCheck:
         path = lineage.lines_path(span)
         if path is None:
             positions.lose_track()
+            findings.extend(_missing(lineage, span))
         else:
             lines = _read(path, previous, span.first_step)
             covered, found = _covered(lines, span)
@@ -123,7 +127,30 @@ def check_abandoned(save: Path, lineage: Lineage) -> tuple[Finding, ...]:
             findings.append(lines.finding)
         else:
             findings.extend(_check_end(lines, facts))
+    findings.extend(_missing_abandoned(save, covered))
     return tuple(findings)
+
+
+def _missing_abandoned(save: Path, covered: Container[tuple[str, int]]) -> Iterator[Finding]:
+    """Yield the attempts off the lineage that noted steps, but whose lines are gone."""
+    for facts in _readable_facts(save):
+        path = attempt_lines_path(save, facts.number)
+        noted = [one.step for one in facts.committed]
+        if facts.stop is not None and facts.stop.chain != facts.begin.chain:
+            noted.append(facts.stop.step)
+        if path.exists() or not noted or (facts.run_id, facts.number) in covered:
+            continue
+        first, last = facts.begin.step + 1, max(noted)
+        held = f"steps {first}..{last}" if first <= last else "evaluations only"
+        yield Finding(path, None, first, f"the file is missing; it held {held}")
+
+
+def _readable_facts(save: Path) -> Iterator[AttemptFacts]:
+    for number in range(1, next_attempt_number(save)):
+        with contextlib.suppress(RunDirectoryError):  # what is wrong with it is said already
+            facts = read_attempt_facts(save, number)
+            if facts is not None:
+                yield facts
 
 
 @dataclass
@@ -177,6 +204,17 @@ class _Positions:
         )
 
 
+def _missing(lineage: Lineage, span: Span) -> Iterator[Finding]:
+    """Yield that a span's file is gone, if the files beside it are at hand."""
+    directory = lineage.directories.get(span.run_id)
+    if directory is None or not attempt_files(directory):
+        return  # a checkpoint copied away alone has no lines, and none are expected
+    path = attempt_lines_path(directory, span.attempt)
+    steps = f"steps {span.first_step}..{span.last_step}"
+    held = f"{steps} of the lineage" if span.first_step <= span.last_step else "evaluations only"
+    yield Finding(path, None, span.first_step, f"the file is missing; it held {held}")
+
+
 def _covered(lines: _Lines, span: Span) -> tuple[tuple[Line, ...], list[Finding]]:
     """Return the lines that a checkpoint covers, and what is wrong with them."""
     for index, line in enumerate(lines.good):
@@ -221,7 +259,12 @@ def _check_sum(path: Path, lines: Sequence[Line], span: Span) -> list[Finding]:
 def _check_origin(path: Path, facts: AttemptFacts, known: set[str | None]) -> Iterator[Finding]:
     begin = facts.begin
     is_ours = not begin.spans or begin.spans[-1].run_id == facts.run_id
-    if is_ours and begin.chain not in known:
+    is_gone = (  # which is said already
+        is_ours
+        and begin.spans
+        and not attempt_lines_path(path.parents[1], begin.spans[-1].attempt).exists()
+    )
+    if is_ours and not is_gone and begin.chain not in known:
         yield Finding(
             path.with_suffix(".json"),
             None,

@@ -70,6 +70,27 @@ def test_an_edited_line_is_named(run, attempt, index, name):
     )
 
 
+@pytest.mark.parametrize(("attempt", "steps"), [(1, "1..4"), (2, "5..8")])
+def test_a_missing_file_is_named_with_what_it_held(run, attempt, steps):
+    path, _ = lines_of(run, attempt)
+    path.unlink()
+    assert only_finding(run) == f"{path}: the file is missing; it held steps {steps} of the lineage"
+
+
+def test_a_missing_file_off_the_lineage_is_named(run):
+    lineage = lineage_of_checkpoint(run.save / "global_step4")
+    path, _ = lines_of(run, 2)
+    path.unlink()
+    [finding] = check_abandoned(run.save, lineage)
+    assert str(finding) == f"{path}: the file is missing; it held steps 5..8"
+
+
+def test_a_checkpoint_without_any_attempts_beside_it_is_no_problem(run):
+    for path in (run.save / "attempts").iterdir():
+        path.unlink()
+    assert findings(run.save) == []
+
+
 def test_dropped_lines_are_named(run):
     path, lines = lines_of(run, 2)
     path.write_bytes(b"".join([*lines[:2], *lines[4:]]))
@@ -190,7 +211,10 @@ def test_evaluations_are_followed_again_after_a_gap(tmp_path):
     run.save_checkpoint()
     (run.save / "attempts" / "0002.jsonl").unlink()
     check = check_lineage(lineage_of_checkpoint(run.save / "global_step6"))
-    assert (check.findings, check.num_steps) == ((), 4)
+    [finding] = check.findings
+    assert (finding.step, finding.path.name) == (3, "0002.jsonl")
+    assert finding.text == "the file is missing; it held steps 3..4 of the lineage"
+    assert check.num_steps == 4
 
 
 @functools.cache

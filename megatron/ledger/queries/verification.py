@@ -10,8 +10,10 @@ import random
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron.base.errors import DatasetError, RunDirectoryError
 from megatron.ledger.attempt_facts import read_all_attempt_facts
@@ -29,6 +31,7 @@ from megatron.stream.segments import Segment, SegmentTable
 __all__ = ["Extent", "verify"]
 
 _SAMPLES_AT_ONCE = 1024
+_NAMED_RANGES = 5
 
 
 @dataclass(frozen=True)
@@ -150,23 +153,25 @@ class _Recomputation:
         self._run = run
         self._data = data
         self._found = found
+        self._unreadable: dict[str, _Unreadable] = {}  # by reason
+        self._reasons: dict[str, str] = {}  # by order: it isn't tried again
 
     def check(self, chosen: Sequence[int], on_step: Callable[[int, int], None]) -> None:
         """Check some steps, ascending, and the evaluations after them."""
         sums = _SpanSums(self._run.ledger.spans)
         records = self._records(chosen)
-        try:
-            for done, step in enumerate(chosen, start=1):
-                digest = self._digest("train", self._run.stream("train").segments.positions(step))
+        for done, step in enumerate(chosen, start=1):
+            positions = self._run.stream("train").segments.positions(step)
+            digest = self._digest("train", positions, of=step)
+            if digest is not None:
                 sums.add(step, digest)
                 self._compare_step(step, digest, records.get(step))
-                on_step(done, len(chosen))
-            if self._found.is_readable:
-                self._check_evaluations(set(chosen))
-        except DatasetError as error:
-            self._found.unknown.append(f"digests could not be computed from the data: {error}")
+            on_step(done, len(chosen))
+        if self._found.is_readable:
+            self._check_evaluations(set(chosen))
         for span, total in sums.complete():
             self._compare_sum(span, total)
+        self._found.unknown += map(str, self._unreadable.values())
 
     def _records(self, chosen: Sequence[int]) -> dict[int, StepRecord]:
         records: dict[int, StepRecord] = {}
@@ -196,7 +201,9 @@ class _Recomputation:
             if record.after_step not in steps:
                 continue
             positions = range(record.position, record.position + record.samples)
-            digest = self._digest(record.stream, positions)
+            digest = self._digest(record.stream, positions, of=record.after_step)
+            if digest is None:
+                continue
             self._found.recomputed_evaluations += 1
             if digest_value(record.digest) != digest:
                 self._found.problems.append(
@@ -220,8 +227,17 @@ class _Recomputation:
             )
         )
 
-    def _digest(self, stream: str, positions: range) -> int:
-        """Return the digest of positions of a stream, which may cross segments."""
+    def _digest(self, stream: str, positions: range, *, of: int) -> int | None:
+        """Return the digest of positions of a stream, which may cross segments.
+
+        Args:
+            stream: its name.
+            positions: what a step, or an evaluation, read.
+            of: the step, or the one before the evaluation.
+
+        Returns:
+            None if the data isn't at hand; the step is noted then.
+        """
         total = 0
         table = self._run.stream(stream).segments
         start = positions.start
@@ -229,13 +245,57 @@ class _Recomputation:
             segment = table.at_step(table.step_of(start))
             stop = min(positions.stop, start + _SAMPLES_AT_ONCE, _end_of(table, segment))
             places = np.arange(start, stop, dtype=np.int64)
-            tokens, companions = self._data.read(
-                self._run.order(segment),
-                places + segment.first_order_position - segment.first_position,
-            )
+            try:
+                tokens, companions = self._read(segment, places)
+            except DatasetError as error:
+                reason = self._reasons.setdefault(segment.order_id, str(error))
+                self._unreadable.setdefault(reason, _Unreadable(reason)).note(stream, of)
+                return None
             total += batch_digest(tokens, places, companions)
             start = stop
         return total % MODULUS
+
+    def _read(
+        self, segment: Segment, places: NDArray[np.int64]
+    ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+        if segment.order_id in self._reasons:
+            raise DatasetError(self._reasons[segment.order_id])
+        offset = segment.first_order_position - segment.first_position
+        return self._data.read(self._run.order(segment), places + offset)
+
+
+@dataclass
+class _Unreadable:
+    """Steps that can't be computed, for one reason."""
+
+    reason: str
+    steps: list[int] = field(default_factory=list)  # ascending
+    evaluations: list[int] = field(default_factory=list)  # steps they were made after
+
+    def note(self, stream: str, step: int) -> None:
+        (self.steps if stream == "train" else self.evaluations).append(step)
+
+    def __str__(self) -> str:
+        what = [_named("step", self.steps)] if self.steps else []
+        if self.evaluations:
+            what.append(f"the evaluations after {_named('step', self.evaluations)}")
+        return f"the digests of {' and of '.join(what)} could not be computed: {self.reason}"
+
+
+def _named(what: str, steps: Sequence[int]) -> str:
+    """Return ascending numbers in few words."""
+    what = f"{what}s" if len(steps) > 1 else what
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step <= runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    texts = [f"{first}" if first == last else f"{first}..{last}" for first, last in runs]
+    if len(texts) > _NAMED_RANGES:
+        first = ", ".join(texts[:_NAMED_RANGES])
+        return f"{what} {first} and others up to {steps[-1]} ({len(steps)} in all)"
+    return f"{what} {', '.join(texts)}"
 
 
 class _SpanSums:

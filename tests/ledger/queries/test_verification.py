@@ -175,8 +175,29 @@ def test_missing_data_leaves_the_digests_unknown(copied):
     }
     report = verify(run, RunData(notes), Extent())
     assert report.exit_status == 2
-    assert "digests could not be computed from the data: dataset /nowhere" in report.unknown[0]
+    (unknown,) = report.unknown
+    assert unknown.startswith(
+        "the digests of steps 1..24 and of the evaluations after steps 4, 8, 12, 16, 20 and others "
+        "up to 24 (6 in all) could not be computed: dataset /nowhere/corpus (60 documents"
+    )
     assert report.recorded == 24
+
+
+def test_steps_after_data_was_changed_are_computed_the_others_named(tmp_path):
+    """Changed where it lies, as accepted: nobody has the old content any more."""
+    run = SimulatedRun(tmp_path / "save", [write_corpus(tmp_path / "corpus")])
+    run.launch(6, saves=[6], train_iters=12, stop="signal")
+    write_corpus(tmp_path / "corpus", seed=1)
+    run.launch(12, saves=[12], accept=["data"])
+    report = verified(run.save)
+    assert (report.exit_status, report.problems) == (2, ())
+    assert report.recomputed == tuple(range(7, 13))
+    (unknown,) = report.unknown
+    assert unknown.startswith(
+        "the digests of steps 1..6 and of the evaluations after step 4 could not be computed: "
+        f"{tmp_path / 'corpus'} is not what the run read: its content was "
+    )
+    assert verified(run.save, Extent(steps=range(7, 13))).exit_status == 0
 
 
 def test_the_steps_that_are_computed_are_the_ones_asked_for(eventful):
