@@ -100,6 +100,7 @@ def launch(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_obey_hangups,
     )
     running = Launch(process, mark)
     try:
@@ -113,6 +114,11 @@ def launch(
         for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
+
+
+def _obey_hangups() -> None:
+    # Tests started under nohup would hand its ignored SIGHUP on.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run(script: str, num_ranks: int, tmp_path: Path, **options: Any) -> Finished:
