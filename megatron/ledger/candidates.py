@@ -146,7 +146,8 @@ class _Commits:
         self, directories: Collection[Directory], attempts: Sequence[AttemptHistory]
     ) -> None:
         self._unsequenced = _unsequenced(directories, attempts)
-        self._writers: dict[int, tuple[int, int]] = {}  # number -> (attempt, step)
+        # number -> (attempt, step)
+        self._writers = {number: writer for writer, number in self._unsequenced.items()}
         self._parents: dict[int, int | None] = {}  # not in here: nothing tells
         self._spans: dict[int, tuple[LineageSpan, ...]] = {}  # that led to it
         self._present: dict[int, int] = {}  # number -> step
@@ -164,7 +165,7 @@ class _Commits:
         if ledger is not None:
             if ledger.sequence is not None:
                 return ledger.sequence
-            return self._unsequenced[_writer_of(ledger, step)]
+            return self._unsequenced[_writer(ledger.spans, step)]
         if step in self._newest_of_step:
             return self._newest_of_step[step]
         return self._unsequenced.get((FOREIGN, step))
@@ -188,7 +189,7 @@ class _Commits:
 
     def unrelated(self) -> Iterator[Candidate]:
         """Yield what may be loaded instead of a checkpoint that nothing tells of."""
-        number = self._newest_present(None, None)
+        number = self._newest_not_abandoned(None)
         return iter(()) if number is None else self.lineage(number, is_told=False)
 
     def _before(self, passed: Sequence[int]) -> tuple[int | None, bool]:
@@ -199,24 +200,32 @@ class _Commits:
             return parent, True
         for number in reversed(passed):
             if number in self._spans:
-                return self._newest_present(last, self._spans[number]), True
+                return self._newest_on(self._spans[number], passed), True
         if last in self._parents:
             return None, True
-        return self._newest_present(last, None), False
+        return self._newest_not_abandoned(last), False
 
-    def _newest_present(
-        self, before: int | None, spans: Iterable[LineageSpan] | None
-    ) -> int | None:
-        """Return the newest commit that is there: on ``spans`` or, without, not abandoned."""
-        numbers = [number for number in self._present if before is None or number < before]
-        if spans is None:
-            return max((one for one in numbers if not self._is_abandoned(one)), default=None)
-        on_spans = (
-            number
-            for number in numbers
-            if any(span.covers(*self._writers[number]) for span in spans)
+    def _newest_on(self, spans: Sequence[LineageSpan], passed: Sequence[int]) -> int | None:
+        """Return the newest commit on ``spans`` that is there and before all that were passed."""
+        # Along a lineage steps rise; numbers may not if it isn't known who wrote something.
+        before = min(self._writers[one][1] for one in passed if one in self._writers)
+        found = {
+            step: number
+            for number, step in self._present.items()
+            if step < before and any(span.covers(*self._writers[number]) for span in spans)
+        }
+        return found[max(found)] if found else None
+
+    def _newest_not_abandoned(self, before: int | None) -> int | None:
+        """Return the commit with the highest number that is there, below ``before``."""
+        return max(
+            (
+                number
+                for number in self._present
+                if (before is None or number < before) and not self._is_abandoned(number)
+            ),
+            default=None,
         )
-        return max(on_spans, default=None)
 
     def _is_abandoned(self, number: int) -> bool:
         """Whether a later commit went on from an earlier one; NeoX's are never guessed at."""
@@ -241,7 +250,7 @@ class _Commits:
     def _loaded(self, attempt: AttemptHistory) -> int | None:
         if attempt.loaded is None or attempt.loaded.sequence is not None:
             return None if attempt.loaded is None else attempt.loaded.sequence
-        return self._unsequenced[_loaded_writer(self._unsequenced, attempt, attempt.loaded.step)]
+        return self._unsequenced[_writer(attempt.spans, attempt.loaded.step)]
 
     def _note_directory(self, directory: Directory) -> None:
         number, step = self.number_of(directory), directory.step
@@ -249,7 +258,7 @@ class _Commits:
             return
         manifest, ledger = directory.manifest, directory.ledger
         self._present[number] = step
-        writer = (FOREIGN, step) if ledger is None else _writer_of(ledger, step)
+        writer = (FOREIGN, step) if ledger is None else _writer(ledger.spans, step)
         if manifest is not None and manifest.attempt is not None:
             writer = manifest.attempt, step
         self._writers.setdefault(number, writer)
@@ -279,10 +288,12 @@ def _unsequenced(
         for commit in attempt.committed
         if commit.sequence is None
     }
-    found |= {_writer_of(ledger, step) for ledger, step in ledgers if ledger.sequence is None}
-    for attempt in attempts:
-        if attempt.loaded is not None and attempt.loaded.sequence is None:
-            found.add(_loaded_writer(found, attempt, attempt.loaded.step))
+    found |= {_writer(ledger.spans, step) for ledger, step in ledgers if ledger.sequence is None}
+    found |= {
+        _writer(attempt.spans, attempt.loaded.step)
+        for attempt in attempts
+        if attempt.loaded is not None and attempt.loaded.sequence is None
+    }
     all_spans = [*(ledger.spans for ledger, _ in ledgers), *(one.spans for one in attempts)]
     found |= {
         (FOREIGN, span.last_step)
@@ -293,13 +304,6 @@ def _unsequenced(
     return {identity: index + 1 - len(found) for index, identity in enumerate(sorted(found))}
 
 
-def _writer_of(ledger: LedgerPlace, step: int) -> tuple[int, int]:
-    return (ledger.spans[-1].attempt if ledger.spans else FOREIGN, step)
-
-
-def _loaded_writer(
-    unsequenced: Collection[tuple[int, int]], attempt: AttemptHistory, step: int
-) -> tuple[int, int]:
-    """Return who wrote what an attempt loaded: the last attempt before it that saved that step."""
-    writers = [one for one in unsequenced if one[1] == step and one[0] < attempt.number]
-    return max(writers, default=(FOREIGN, step))
+def _writer(spans: Sequence[LineageSpan], step: int) -> tuple[int, int]:
+    """Return who saved the checkpoint of ``step`` that ``spans`` led to."""
+    return (spans[-1].attempt if spans else FOREIGN, step)

@@ -67,7 +67,7 @@ class History:
         self.chance = chance
         self.directories: dict[int, Saved] = {}
         self.attempts: list[Attempt] = []
-        self.latest: Saved | None = None
+        self.named: int | None = None  # the step in `latest`
         self.made: list[Saved] = []  # in the order of their commits
         self.first_with_manifests = chance.choice([1, 1, 2, 3])
         if chance.random() < 0.2:
@@ -75,6 +75,10 @@ class History:
                 self._publish(Saved(step, None, attempt=0, has_ledger=False))
         for _ in range(num_launches):
             self._launch()
+
+    @property
+    def latest(self) -> Saved | None:
+        return None if self.named is None else self.directories[self.named]
 
     def _launch(self) -> None:
         chance = self.chance
@@ -93,24 +97,22 @@ class History:
             sequence = 1 + max((one.sequence or 0 for one in self.made), default=0)
             saved = Saved(step, before, attempt.number, sequence if is_sequenced else None)
             crash = chance.choice(["", "", "", "", "before latest", "before the attempt knows"])
-            before_latest = self.latest
+            named = self.named
             self._publish(saved)
             if crash == "before latest":
-                self.latest = before_latest
+                self.named = named
             if crash:
                 return
             attempt.committed.append(saved)
             before = saved
             if chance.random() < 0.2:  # retention
-                for old in [one for one in saved.lineage[2:] if self._is_there(one)]:
-                    del self.directories[old.step]
-
-    def _is_there(self, saved: Saved) -> bool:
-        return self.directories.get(saved.step) is saved
+                for old in saved.lineage[2:]:
+                    if self.directories.get(old.step) is old:
+                        del self.directories[old.step]
 
     def _publish(self, saved: Saved) -> None:
         self.directories[saved.step] = saved
-        self.latest = saved
+        self.named = saved.step
         self.made.append(saved)
 
 
@@ -196,7 +198,7 @@ class Seen:
         lineage = {saved for saved in self.tip.lineage if saved.attempt}
         return (
             there <= told
-            and self.tip in told | {self.latest}
+            and (self.tip in told or not there)
             and (lineage <= linked or self.tip in with_spans)
         )
 
