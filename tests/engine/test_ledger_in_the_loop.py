@@ -1,11 +1,13 @@
 """Every launch keeps the ledger: digests of what was read, lineage across stops and changes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.load import load_config
 from megatron.config.outcomes import check_launch
 from megatron.ledger.attempt_facts import read_attempt_facts
@@ -13,6 +15,9 @@ from megatron.ledger.digests import batch_digest, digest_text
 from megatron.ledger.ledger_file import read_ledger
 from megatron.ledger.lineage import lineage_of_checkpoint, lineage_of_run
 from megatron.ledger.lineage_check import check_lineage
+from megatron.ledger.queries.adopted_geometry import adopted_geometry
+from megatron.ledger.queries.run_view import open_run
+from megatron.ledger.queries.samples import step_frame
 from megatron.stream.indexed_dataset import IndexedDatasetBuilder
 from tests.engine.training_runs import ORACLE, neox_config, run_training
 from tests.worlds import WorldFailed
@@ -132,6 +137,12 @@ def test_neoxs_checkpoint_is_adopted_and_read_on_where_neox_would(tmp_path: Path
     assert ledger is not None
     assert ledger.adopted is not None
     assert ledger.adopted.step == 10
+    run = open_run(tmp_path / "run")
+    for stream, one in (("train", 3), ("valid", 1)):
+        frame = step_frame(run, one, stream)
+        assert (frame.stage, frame.geometry) == ("adopted", BatchGeometry(4, 1, 2))
+    elsewhere = replace(ledger, adopted=replace(ledger.adopted, source=str(tmp_path / "gone")))
+    assert adopted_geometry(elsewhere) == BatchGeometry(4, 1, 2)  # as the launch that adopted it
 
 
 def test_a_roll_back_leaves_a_branch_behind(tmp_path: Path):

@@ -46,8 +46,8 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PREFIX",
-        help="a dataset that was moved, by its path without .bin and .idx; it is recognised by its "
-        "content. May be repeated",
+        help="a dataset, or a label dataset, that was moved, by its path without .bin and .idx; it "
+        "is recognised by its content. May be repeated",
     )
 
 

@@ -37,7 +37,8 @@ EPILOG = """examples:
 
 _STAGES = {
     "recorded": "recorded",
-    "adopted": "adopted: computed from the checkpoint it began with, not observed",
+    "adopted": "adopted: computed from the checkpoint it began with, ranks and rows too; not "
+    "observed",
     "unrecorded": "done before the checkpoint; the line that recorded it is not here",
     "planned": "not done yet; what the run would consume",
 }

@@ -1,6 +1,6 @@
 """The datasets of a run, where they lie now: opened order by order, checked by content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,7 @@ class RunData:
     def _locate(self, identity: str) -> DatasetFiles:
         note = self._datasets.get(identity)
         label = None if note is None else note.companions.get("label")
-        for prefix in self._prefixes:
-            files = DatasetFiles(prefix, label)
+        for files in self._candidates(label):
             if self._identity(files).digest == identity:
                 return files
         if note is None:
@@ -99,21 +98,34 @@ class RunData:
                 f"the ledger does not say where the dataset with content {identity} lies; name its "
                 "prefix with --data"
             )
-        if not dataset_exists(note.path):
-            raise DatasetError(
-                f"dataset {note.path} ({note.num_documents} documents, {note.num_tokens} tokens) "
-                "is not there; if it lies elsewhere now, name its prefix with --data"
-            )
+        size = f"{note.num_documents} documents, {note.num_tokens} tokens"
+        for path in (note.path, *([] if label is None else [label])):
+            if not dataset_exists(path):
+                whose = f"dataset {path} ({size})" if path == note.path else f"label dataset {path}"
+                raise DatasetError(
+                    f"{whose} is not there; if it lies elsewhere now, name its prefix with --data"
+                )
         files = DatasetFiles(note.path, label)
         found = self._identity(files)
         if found.digest != identity:
+            labels = "" if label is None else f" with labels {label}"
             raise DatasetError(
-                f"{note.path} is not what the run read: its content was {identity} "
-                f"({note.num_documents} documents, {note.num_tokens} tokens) and is now "
+                f"{note.path}{labels} is not what the run read: its content was {identity} "
+                f"({size}) and is now "
                 f"{found.digest} ({found.num_documents} documents, {found.num_tokens} tokens); "
                 "if the original lies elsewhere, name its prefix with --data"
             )
         return files
+
+    def _candidates(self, label: str | None) -> Iterator[DatasetFiles]:
+        """Yield what the named prefixes may be: datasets, or with labels also the labels."""
+        if label is None:
+            yield from map(DatasetFiles, self._prefixes)
+            return
+        labels = [*([label] if dataset_exists(label) else []), *self._prefixes]
+        note_paths = [note.path for note in self._datasets.values() if dataset_exists(note.path)]
+        for prefix in dict.fromkeys([*self._prefixes, *note_paths]):
+            yield from (DatasetFiles(prefix, one) for one in labels if one != prefix)
 
     def _identity(self, files: DatasetFiles) -> DatasetIdentity:
         return identify(files.prefix, files.companions, full=self._full)

@@ -1,5 +1,6 @@
 """A run as questions find it: in its save directory, also while it trains, or in a checkpoint."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from megatron.base.errors import CheckpointError, RunDirectoryError
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.ledger.ledger_file import LEDGER_FILE, Ledger, Span, StreamState
 from megatron.ledger.lineage import Lineage, lineage_of_checkpoint, lineage_of_run
+from megatron.ledger.queries.adopted_geometry import adopted_geometry
 from megatron.ledger.run_directory import checkpoint_path, list_checkpoints, read_latest, step_of
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.segments import Segment
@@ -72,7 +74,14 @@ class RunView:
         span = self.lineage.span_of(step)
         if span is None and step > self.ledger.step:
             span = self.newest_span
-        return None if span is None else span.geometry
+        return self.adopted_geometry if span is None else span.geometry
+
+    @functools.cached_property
+    def adopted_geometry(self) -> BatchGeometry | None:
+        """How batches were divided before the run was adopted: told by the checkpoint, or assumed;
+        None if nothing was adopted.
+        """
+        return adopted_geometry(self.ledger)
 
     @property
     def newest_span(self) -> Span | None:

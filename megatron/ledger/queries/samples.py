@@ -77,7 +77,9 @@ def step_frame(run: RunView, step: int, stream: str = "train") -> StepFrame:
         stage, span, geometry = run.stage(step), run.lineage.span_of(step), run.geometry_of(step)
     else:
         stage, span = _evaluation(run, stream, positions)
-        geometry = None if span is None else span.geometry
+        geometry = span.geometry if span is not None else None
+        if stage == "adopted":
+            geometry = run.adopted_geometry
     return StepFrame(
         stream=stream,
         step=step,
