@@ -2,32 +2,52 @@
 
 import contextlib
 import os
-import tempfile
+import re
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["fsync_directory", "write_atomically"]
+from megatron.base.write_points import reach
+
+__all__ = ["fsync_directory", "is_prepared_name", "write_atomically"]
+
+_PREPARED_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.new")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(
+    path: Path, content: str | bytes, *, before_rename: Callable[[], None] = lambda: None
+) -> None:
     """Replace ``path`` by ``content``: temporary name beside it, fsync, rename, fsync the folder.
+
+    Args:
+        path: the file.
+        content: all of it.
+        before_rename: called when the content is on disk under its temporary name; whatever it
+            raises leaves ``path`` unchanged. Who deletes the temporary file prevents the rename.
 
     Raises:
         OSError: the folder is missing or cannot be written; ``path`` is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    prepared = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(os.open(prepared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        reach(f"{path.name} prepared")
+        before_rename()
+        os.replace(prepared, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+            os.unlink(prepared)
         raise
     fsync_directory(path.parent)
+
+
+def is_prepared_name(name: str) -> bool:
+    """Whether a file called ``name`` is what a kill inside :func:`write_atomically` left."""
+    return _PREPARED_NAME.fullmatch(name) is not None
 
 
 def fsync_directory(directory: Path) -> None:
@@ -37,10 +57,3 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    # mkstemp makes files private (0600); data shared by a group needs the user's usual mode.
-    current = os.umask(0o022)
-    os.umask(current)
-    return current

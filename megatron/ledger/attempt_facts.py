@@ -47,6 +47,7 @@ class LoadedCheckpoint:
     run_id: str | None  # None: a checkpoint without a ledger
     step: int
     chain: str | None  # its chain head
+    sequence: int | None = None  # of its commit, in its own directory; None: it has no manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ class CommittedCheckpoint:
 
     step: int
     chain: str
+    sequence: int | None = None  # of its commit; None: made by a release that didn't count them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ __all__ = [
     "AcceptedChange",
     "Adoption",
     "Amount",
+    "CheckpointPlace",
     "DatasetNote",
     "Ledger",
     "ModelPart",
@@ -33,6 +34,7 @@ __all__ = [
     "StreamState",
     "TokenizerIdentity",
     "ledger_from_json",
+    "ledger_text",
     "ledger_to_json",
     "parent_from_json",
     "read_ledger",
@@ -155,6 +157,14 @@ class ObeyedInstruction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointPlace:
+    """Where the checkpoint that a ledger lies in stands among those of its ``save``."""
+
+    sequence: int  # commits into this `save`, from 1
+    parent: int | None  # sequence of the lineage's previous checkpoint here; None: it has none
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ledger:
     """Everything that is known of a lineage when ``step`` is done."""
 
@@ -171,6 +181,9 @@ class Ledger:
     instructions: tuple[ObeyedInstruction, ...] = ()
     adopted: Adoption | None = None
     accepted: tuple[AcceptedChange, ...] = ()
+    checkpoint: CheckpointPlace | None = (
+        None  # None: not in a checkpoint, or in one without a place
+    )
 
     @property
     def chain(self) -> str:
@@ -237,7 +250,12 @@ def read_ledger(checkpoint: Path) -> Ledger | None:
 
 def write_ledger(checkpoint: Path, ledger: Ledger) -> None:
     """Write ``ledger.json`` into a checkpoint's directory, durably."""
-    write_atomically(checkpoint / LEDGER_FILE, json.dumps(ledger_to_json(ledger), indent=1) + "\n")
+    write_atomically(checkpoint / LEDGER_FILE, ledger_text(ledger))
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """Return the content of ``ledger.json``."""
+    return json.dumps(ledger_to_json(ledger), indent=1) + "\n"
 
 
 def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
@@ -248,6 +266,7 @@ def ledger_to_json(ledger: Ledger) -> dict[str, Any]:
         "model": asdict(ledger.model),
         "run_id": ledger.run_id,
         "step": ledger.step,
+        "checkpoint": _or_none(ledger.checkpoint),
         "evaluation_due": ledger.evaluation_due,
         "streams": {
             name: {
@@ -286,6 +305,7 @@ def ledger_from_json(values: Mapping[str, Any]) -> Ledger:
                 f"the order called {name} is {order.order_id}: the ledger was edited"
             )
     tokenizer, adopted = values["tokenizer"], values["adopted"]
+    place = values.get("checkpoint")  # the first release gave no places
     return Ledger(
         model=ModelPart(**values["model"]),
         run_id=values["run_id"],
@@ -304,6 +324,7 @@ def ledger_from_json(values: Mapping[str, Any]) -> Ledger:
         if adopted is None
         else Adoption(**{**adopted, "assumed": tuple(adopted["assumed"])}),
         accepted=tuple(_accepted(one) for one in values["accepted"]),
+        checkpoint=None if place is None else CheckpointPlace(**place),
     )
 
 

@@ -190,9 +190,22 @@ class Recorder:
             },
         )
 
-    def committed(self, ledger: Ledger) -> None:
-        """Note that the checkpoint with ``ledger`` is published."""
-        checkpoint = CommittedCheckpoint(step=ledger.step, chain=ledger.chain)
+    @property
+    def previous_sequence(self) -> int | None:
+        """Sequence of the lineage's last checkpoint in this directory: the parent of the next one.
+
+        None if it has none here, or one without a manifest.
+        """
+        if self._facts.committed:
+            return self._facts.committed[-1].sequence
+        loaded = self._facts.loaded
+        if loaded is None or Path(loaded.path).resolve().parent != self._save.resolve():
+            return None
+        return loaded.sequence
+
+    def committed(self, ledger: Ledger, sequence: int | None = None) -> None:
+        """Note that the checkpoint with ``ledger`` is published, as which commit of ``save``."""
+        checkpoint = CommittedCheckpoint(step=ledger.step, chain=ledger.chain, sequence=sequence)
         self._update(replace(self._facts, committed=(*self._facts.committed, checkpoint)))
 
     def close(self, reason: str) -> None:

@@ -3,22 +3,31 @@
     <save>/
       latest                 the pointer NeoX and DeepSpeed read, replaced last and atomically
       global_stepN/          a checkpoint; a directory of this name is complete
-      .tmp-global_stepN-…    one being written, or what a killed save left
-      .deleted-global_stepN-…, .replaced-global_stepN-…    on their way out
+      .tmp-global_stepN-…    one being written, or what a killed save left; `.replaced` in it, or in
+                             global_stepN, is the checkpoint whose place it takes
+      .deleted-global_stepN-…, .undone-global_stepN-…    on their way out
       attempts/, lock.json
+
+A writer may lose `save` to another one and not know it yet: paused for minutes, or on a node that
+was cut off. So every step of a commit takes something that only its writer has and renames it into
+place; a new writer first renames or deletes all such things (:func:`remove_leftovers`), after which
+the old one's renames fail and hurt nothing.
 
 Nothing here opens a tensor file, so tools can ask without importing torch.
 """
 
+import logging
+import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
-from megatron.base.atomic_files import fsync_directory, write_atomically
+from megatron.base.atomic_files import fsync_directory, is_prepared_name, write_atomically
 from megatron.base.errors import CheckpointError, RunDirectoryError
+from megatron.base.write_points import reach
 
 __all__ = [
     "checkpoint_path",
@@ -26,17 +35,23 @@ __all__ = [
     "commit_checkpoint",
     "deletable",
     "delete_old_checkpoints",
+    "delete_replaced",
     "is_save_step",
     "list_checkpoints",
     "read_latest",
     "remove_leftovers",
     "step_of",
     "temporary_name",
+    "temporary_path",
+    "undo_checkpoint",
     "write_latest",
 ]
 
+logger = logging.getLogger(__name__)
+
 _LATEST = "latest"
-_WRITING, _DELETED, _REPLACED = ".tmp-", ".deleted-", ".replaced-"
+_WRITING, _DELETED, _UNDONE = ".tmp-", ".deleted-", ".undone-"
+_REPLACED = ".replaced"
 _CHECKPOINT_NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
 _NAMED_IN_MESSAGES = 8
 
@@ -87,9 +102,14 @@ def read_latest(directory: Path) -> int | None:
     return step
 
 
-def write_latest(directory: Path, step: int) -> None:
-    """Point ``latest`` at the checkpoint of ``step``; readers see the old pointer or the new."""
-    write_atomically(directory / _LATEST, f"global_step{step}")
+def write_latest(
+    directory: Path, step: int, *, before_rename: Callable[[], None] = lambda: None
+) -> None:
+    """Point ``latest`` at the checkpoint of ``step``; readers see the old pointer or the new.
+
+    ``before_rename`` may still prevent it by an exception.
+    """
+    write_atomically(directory / _LATEST, f"global_step{step}", before_rename=before_rename)
 
 
 def choose_checkpoint(
@@ -205,45 +225,122 @@ def temporary_name(step: int) -> str:
     return f"{_WRITING}global_step{step}-{uuid.uuid4().hex[:12]}"
 
 
+def temporary_path(save: Path, step: int, token: str) -> Path:
+    """Return where the checkpoint of ``step`` is written before it has its name."""
+    return save / f"{_WRITING}global_step{step}-{token}"
+
+
 def commit_checkpoint(temporary: Path, step: int) -> Path:
-    """Give a completely written checkpoint its name; one already there is replaced.
+    """Give a completely written checkpoint its name.
+
+    One already there is moved into it as ``.replaced``: to be deleted by
+    :func:`delete_replaced` when ``latest`` is right.
 
     Raises:
-        RunDirectoryError: the directories cannot be renamed.
+        RunDirectoryError: the directories cannot be renamed, or the next writer has taken
+            ``temporary`` away; what was there before is there again.
     """
     final = checkpoint_path(temporary.parent, step)
     try:
-        replaced = _hide(final, _REPLACED) if final.exists() else None
+        if os.path.lexists(final):
+            final.rename(temporary / _REPLACED)
+            reach("commit: old checkpoint set aside")
         temporary.rename(final)
+        reach("commit: checkpoint named")
         fsync_directory(final.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
     except OSError as error:
+        undo_checkpoint(temporary)
         raise RunDirectoryError(f"{temporary} could not become {final}: {error}") from error
     return final
 
 
-def remove_leftovers(save: Path) -> list[str]:
-    """Delete what killed saves and deletions left under ``save``; call it only holding its lock.
+def delete_replaced(checkpoint: Path) -> None:
+    """Delete the checkpoint whose place ``checkpoint`` took; the next launch does what fails."""
+    _delete(checkpoint / _REPLACED)
 
-    If a kill fell between the two renames of :func:`commit_checkpoint`, the old checkpoint gets
-    its name back.
+
+def undo_checkpoint(temporary: Path) -> None:
+    """Delete a checkpoint that was not committed; one it was to replace gets its name back.
+
+    Nothing happens if it is no longer there. What cannot be undone is left to the next launch.
+    """
+    try:
+        _undo(temporary)
+    except OSError as error:
+        logger.warning("%s is left for the next launch to remove: %s", temporary, error)
+
+
+def remove_leftovers(save: Path) -> list[str]:
+    """Finish or undo what killed saves and deletions left under ``save``; call it as its writer.
+
+    A checkpoint that has its name is kept, and what it replaced is deleted; one without is deleted,
+    and what it was to replace gets its name back. Afterwards a former writer that is still alive
+    can publish nothing anymore.
 
     Returns:
-        The names removed or given back.
+        The names removed, or given back.
+
+    Raises:
+        OSError: something cannot be taken from its former writer. What is taken but cannot be
+            deleted is logged: it only costs space.
     """
-    leftovers = sorted(
-        entry
-        for entry in save.glob(".*-global_step*")
-        if entry.name.startswith((_WRITING, _DELETED, _REPLACED)) and not entry.is_symlink()
-    )
-    for entry in leftovers:
-        step = step_of(entry.name.removeprefix(_REPLACED).rpartition("-")[0])
-        if step is not None and not checkpoint_path(save, step).exists():
-            entry.rename(checkpoint_path(save, step))
-        else:
-            shutil.rmtree(entry)
-    return [entry.name for entry in leftovers]
+    removed = []
+    for folder in (save, save / "attempts"):
+        for entry in folder.glob(".*"):
+            if is_prepared_name(entry.name):
+                entry.unlink(missing_ok=True)
+                removed.append(entry.name)
+    for entry in _hidden(save, _WRITING):
+        _undo(entry)
+        removed.append(entry.name)
+    for entry in _hidden(save, _UNDONE):
+        _finish_undoing(entry)
+        removed.append(entry.name)
+    for entry in _hidden(save, _DELETED):
+        _delete(entry)
+        removed.append(entry.name)
+    for step in list_checkpoints(save):
+        checkpoint = checkpoint_path(save, step)
+        if not checkpoint.is_symlink() and os.path.lexists(checkpoint / _REPLACED):
+            _delete(checkpoint / _REPLACED)
+            removed.append(f"{checkpoint.name}/{_REPLACED}")
+    return sorted(removed)
+
+
+def _undo(temporary: Path) -> None:
+    undone = temporary.with_name(temporary.name.replace(_WRITING, _UNDONE, 1))
+    try:
+        temporary.rename(undone)
+    except FileNotFoundError:
+        return  # its writer has named it this very moment, or somebody else undoes it
+    reach("undo: taken from its writer")
+    _finish_undoing(undone)
+
+
+def _finish_undoing(undone: Path) -> None:
+    step = step_of(undone.name.removeprefix(_UNDONE).rpartition("-")[0])
+    replaced = undone / _REPLACED
+    if step is not None and os.path.lexists(replaced):
+        final = checkpoint_path(undone.parent, step)
+        if not os.path.lexists(final):
+            replaced.rename(final)
+            fsync_directory(final.parent)
+            reach("undo: old checkpoint named again")
+    _delete(undone)
+
+
+def _hidden(save: Path, prefix: str) -> list[Path]:
+    return sorted(entry for entry in save.glob(f"{prefix}global_step*") if not entry.is_symlink())
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()  # of a link, never what it points to
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s is not deleted completely: %s", path, error)
 
 
 def _refuse_losing_checkpoints(

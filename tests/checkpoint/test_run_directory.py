@@ -14,6 +14,7 @@ from megatron.ledger.run_directory import (
     commit_checkpoint,
     deletable,
     delete_old_checkpoints,
+    delete_replaced,
     is_save_step,
     list_checkpoints,
     read_latest,
@@ -194,6 +195,7 @@ def test_committing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
     (temporary / "new").touch()
     assert list_checkpoints(tmp_path) == [10]
     assert commit_checkpoint(temporary, 10) == tmp_path / "global_step10"
+    delete_replaced(tmp_path / "global_step10")
     assert [path.name for path in (tmp_path / "global_step10").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["global_step10"]
 
@@ -201,13 +203,17 @@ def test_committing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
 def test_leftovers_of_a_killed_save_go_and_a_half_swapped_checkpoint_returns(tmp_path):
     make_run(tmp_path, 5, 10, latest=10)
     (tmp_path / temporary_name(15)).mkdir()
-    (tmp_path / "global_step10").rename(tmp_path / ".replaced-global_step10-0123456789ab")
-    (tmp_path / ".replaced-global_step5-0123456789ab").mkdir()
+    half_swapped = tmp_path / temporary_name(10)
+    half_swapped.mkdir()
+    (tmp_path / "global_step10").rename(half_swapped / ".replaced")
+    (tmp_path / "global_step5" / ".replaced").mkdir()
     (tmp_path / ".deleted-global_step4-0123456789ab").mkdir()
-    assert len(remove_leftovers(tmp_path)) == 4
+    (tmp_path / ".latest.0123456789ab.new").write_text("global_step15")
+    assert len(remove_leftovers(tmp_path)) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "global_step10",
         "global_step5",
         "latest",
     ]
     assert (tmp_path / "global_step10" / "mp_rank_00_model_states.pt").exists()
+    assert not (tmp_path / "global_step5" / ".replaced").exists()
