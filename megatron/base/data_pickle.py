@@ -351,6 +351,20 @@ def _tensor(
     return StoredTensor(storage, offset, shape, strides)
 
 
+def _tensor_with_id(function: Any, kind: Any, arguments: Any, state: Any) -> StoredTensor:
+    # ZeRO 3 numbers its tensors.
+    _require(
+        function == _Name("torch._utils", "_rebuild_tensor_v2")
+        and kind == _Name("torch", "Tensor")
+        and isinstance(arguments, tuple)
+        and isinstance(state, dict)
+        and set(state) <= {"ds_id"}
+        and all(isinstance(value, str | int) for value in state.values()),
+        "it holds a damaged tensor",
+    )
+    return _tensor(*arguments)
+
+
 def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> StoredTensor:
     _require(
         isinstance(tensor, StoredTensor)
@@ -493,6 +507,7 @@ _FUNCTIONS: dict[_Name, Callable[..., Any]] = {
     _Name("torch", "device"): _device,
     _Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     _Name("torch._utils", "_rebuild_parameter"): _parameter,
+    _Name("torch._tensor", "_rebuild_from_type_v2"): _tensor_with_id,
     _Name("numpy.core.multiarray", "_reconstruct"): _array,
     _Name("numpy._core.multiarray", "_reconstruct"): _array,
     _Name("numpy", "dtype"): _numpy_type,
@@ -503,4 +518,4 @@ _CLASSES: dict[_Name, Callable[..., Any]] = {
     _Name("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"): _blank("DynamicLossScaler"),
     _Name("deepspeed.utils.tensor_fragment", "fragment_address"): _blank("fragment_address"),
 }
-_NAMES = {*_FUNCTIONS, *_CLASSES, *_STORAGE_TYPES, *_DTYPES, _NDARRAY}
+_NAMES = {*_FUNCTIONS, *_CLASSES, *_STORAGE_TYPES, *_DTYPES, _NDARRAY, _Name("torch", "Tensor")}

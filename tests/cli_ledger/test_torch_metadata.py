@@ -65,9 +65,7 @@ def test_what_a_file_names_is_not_run_but_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"not a zip", b""])
 def test_a_damaged_file_is_an_error(content, tmp_path):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=rf"\({len(content)} bytes\) cannot be read"
-    ):
+    with pytest.raises(CheckpointError, match=rf"\({len(content)} bytes\) cannot be read"):
         read_torch_metadata(tmp_path / "a.pt")
 
 
