@@ -324,7 +324,7 @@ class _Writer:
             module=None,
             optimizer=None,
             buffer_names=[],
-            shared_params={},
+            shared_params=None,
             param_shapes=None,
             ds_config=self._batch_settings(metadata),
             dp_world_size=topology.data_parallel_size,
@@ -393,7 +393,7 @@ class _Writer:
         if self._states is not None and self._written is not None:
             state = self._slice(stage, tensor_rank)
             if self._written.zero_stage > 0:
-                metadata["param_shapes"] = parameter_shapes(state)
+                metadata.update(param_shapes=parameter_shapes(state), shared_params={})
             if not self._written.kind.is_partitioned:
                 metadata["optimizer"] = replicated_state(state, self._written)
         self._write_file(model_states_file(model_rank), metadata)

@@ -10,7 +10,7 @@ BF16      the bf16 optimizer: likewise
 import enum
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ class StoredFormat:
     """The format of a checkpoint, and what its state says beside tensors."""
 
     kind: OptimizerFormat
-    head: Mapping[str, Any]
+    head: Mapping[str, Any]  # scalers and limits
+    options: Mapping[str, Any]  # of every parameter group, beside those that ParameterStates knows
     zero_stage: int
     ds_config: Mapping[str, Any] | None
 
@@ -79,10 +80,10 @@ class StoredFormat:
             return self
         if self.kind is OptimizerFormat.BF16 and not uses_pipeline_engine:
             head = {"dynamic_loss_scale": False, "cur_scale": 1.0, "cur_iter": step}
-            return StoredFormat(OptimizerFormat.UNFUSED, head, 0, self.ds_config)
+            return replace(self, kind=OptimizerFormat.UNFUSED, head=head)
         if self.kind is OptimizerFormat.UNFUSED and uses_pipeline_engine:
             clip = (self.ds_config or {}).get("gradient_clipping", 0.0)
-            return StoredFormat(OptimizerFormat.BF16, {"clip_grad": clip}, 0, self.ds_config)
+            return replace(self, kind=OptimizerFormat.BF16, head={"clip_grad": clip})
         return self
 
 
@@ -97,14 +98,19 @@ def stored_format(stored: StoredCheckpoint) -> StoredFormat:
         state = content["optimizer_state_dict"]
         kind = OptimizerFormat.ZERO if "zero_stage" in state else OptimizerFormat.BF16
         kept, ds_config = _KEPT_OF_ZERO, content.get("ds_config")
+        optimizer = state["base_optimizer_state"]
     else:
         metadata = stored.model_states(stored.model_ranks[0])
         state, ds_config = metadata.get("optimizer"), metadata.get("ds_config")
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{stored.directory} holds no optimizer state")
         kind, kept = _replicated_kind(state), _KEPT_OF_FP16
+        optimizer = state.get("optimizer_state_dict", state)
     head = {key: state[key] for key in kept if key in state}
-    return StoredFormat(kind, head, _zero_stage(kind, head, ds_config), ds_config)
+    defaults = _adam_options()
+    stored_options = optimizer["param_groups"][0]
+    options = {key: stored_options.get(key, value) for key, value in defaults.items()}
+    return StoredFormat(kind, head, options, _zero_stage(kind, head, ds_config), ds_config)
 
 
 def _replicated_kind(state: Mapping[str, Any]) -> OptimizerFormat:
@@ -191,6 +197,7 @@ def partitioned_state(
         **written.head,
         "base_optimizer_state": _optimizer_state(
             state,
+            written,
             [
                 (
                     group,
@@ -241,6 +248,7 @@ def replicated_state(state: StateSlice, written: StoredFormat) -> dict[str, Any]
         flats = [FlatGroup(parameters, 1) for _, parameters in named]
         inner = _optimizer_state(
             state,
+            written,
             [
                 (group, [{kind: state.flat(flat, kind, 0, padding=0) for kind in _MOMENTS}])
                 for (group, _), flat in zip(named, flats, strict=True)
@@ -250,6 +258,7 @@ def replicated_state(state: StateSlice, written: StoredFormat) -> dict[str, Any]
         return {**written.head, "optimizer_state_dict": inner, "fp32_groups_flat": masters}
     inner = _optimizer_state(
         state,
+        written,
         [
             (
                 group,
@@ -280,7 +289,9 @@ def parameter_shapes(state: StateSlice) -> list[OrderedDict[str, torch.Size]]:
 
 
 def _optimizer_state(
-    state: StateSlice, groups: Sequence[tuple[StoredGroup, Sequence[Mapping[str, Any]]]]
+    state: StateSlice,
+    written: StoredFormat,
+    groups: Sequence[tuple[StoredGroup, Sequence[Mapping[str, Any]]]],
 ) -> dict[str, Any]:
     """Return an optimizer's state_dict from the moments of every vector of every group."""
     step = state.states.step
@@ -288,7 +299,7 @@ def _optimizer_state(
     param_groups = []
     for group, vectors in groups:
         numbers = list(range(len(entries), len(entries) + len(vectors)))
-        options = {**_adam_options(), "name": group.name, **group.options}
+        options = {**written.options, "name": group.name, **group.options}
         param_groups.append({**options, "params": numbers, "step": step})
         for number, moments in zip(numbers, vectors, strict=True):
             entries[number] = {"step": step, **moments}
