@@ -45,6 +45,7 @@ from megatron.checkpoint.stored import (
     model_states_file,
     zero_file,
 )
+from megatron.checkpoint.structure import checksum_problems, structural_problems, torch_files
 from megatron.checkpoint.weights import rank_part, stored_shape
 from megatron.config.topology import Topology
 from megatron.ledger.ledger_file import (
@@ -154,10 +155,9 @@ def reshape_checkpoint(source: Path, destination: Path, settings: ReshapeSetting
 
 
 def _write(source: Path, temporary: Path, destination: Path, settings: ReshapeSettings) -> Reshaped:
-    manifest = _require_intact(source)
+    _require_intact(source, needs_optimizer=settings.for_neox is None)
     writer = _Writer(
-        # Its bytes were checked a moment ago if there is a manifest.
-        StoredCheckpoint(source, is_verified=manifest is not None),
+        StoredCheckpoint(source, is_verified=True),
         temporary / f"global_step{_step(source)}",
         settings,
     )
@@ -192,22 +192,23 @@ def _write(source: Path, temporary: Path, destination: Path, settings: ReshapeSe
     )
 
 
-def _require_intact(source: Path) -> Manifest | None:
-    """Check that every file holds what was written.
+def _require_intact(source: Path, *, needs_optimizer: bool) -> None:
+    """Check that every file holds what was written; every byte is read once.
 
-    Without a manifest the checksums inside of the files are checked when they are opened.
+    Without a manifest (NeoX's) that is known from the checksums inside of the files.
     """
     manifest = read_manifest(source)
     if manifest is None:
-        return None
-    problems = quick_problems(source, manifest)
-    problems = problems or digest_problems(source, manifest, sorted(manifest.files))
+        problems = structural_problems(source, needs_optimizer=needs_optimizer)
+        problems = problems or checksum_problems(source, sorted(torch_files(source)))
+    else:
+        problems = quick_problems(source, manifest)
+        problems = problems or digest_problems(source, manifest, sorted(manifest.files))
     if problems:
         raise CheckpointError(
             f"{source} is damaged, so nothing was written: {'; '.join(problems)}. Take another "
             "checkpoint"
         )
-    return manifest
 
 
 def _step(source: Path) -> int:
