@@ -309,7 +309,8 @@ class _Writer:
             return None
         topology = self.settings.topology
         metadata = dict(self.stored.model_states(self.stored.model_ranks[0]))
-        if any(metadata.pop(key, None) is not None for key in _RANDOM_STATES):
+        had_random_states = [metadata.pop(key, None) is not None for key in _RANDOM_STATES]
+        if any(had_random_states):
             self.notices.append(
                 "random states are left out: they belong to the ranks of another topology. Dropout "
                 "goes on from the run's seed, the order of samples is not affected"
