@@ -39,10 +39,11 @@ def save_checkpoint(
         ConfigError: the model was set up without ``save``.
         CheckpointError: the checkpoint could not be completed.
     """
-    save = prepared_training(model).save
-    if save is None:
+    saving = prepared_training(model).saving
+    if saving is None:
         raise ConfigError("save is not set; name the directory that checkpoints go to")
-    save(iteration, False)
+    saving.save(iteration, False)
+    saving.finish()
 
 
 def load_checkpoint(

@@ -36,7 +36,9 @@ class Snapshot:
     """The files of this rank."""
 
     contents: Mapping[str, Any] = field(default_factory=dict)  # file name -> what torch.save writes
+    num_bytes: int = 0  # of tensors
     is_private: bool = True  # False: training's own memory is part of it
+    has_recovery_scripts: bool = False  # DeepSpeed leaves some beside such a checkpoint
     problem: str | None = None  # why it could not be taken
 
 
@@ -103,7 +105,12 @@ def take_snapshot(
     if collector.problem is not None:
         return Snapshot(problem=collector.problem)
     is_private = buffers is not None and collector.is_private
-    return Snapshot(collector.contents, is_private=is_private)
+    return Snapshot(
+        collector.contents,
+        num_bytes=collector.num_bytes,
+        is_private=is_private,
+        has_recovery_scripts=collector.has_recovery_scripts,
+    )
 
 
 class _Collector(CheckpointEngine):
@@ -116,7 +123,9 @@ class _Collector(CheckpointEngine):
         self.name = "snapshot"
         self.contents: dict[str, Any] = {}
         self.problem: str | None = None
+        self.num_bytes = 0
         self.is_private = True
+        self.has_recovery_scripts = False
         self._buffers = buffers
 
     @contextlib.contextmanager
@@ -124,7 +133,7 @@ class _Collector(CheckpointEngine):
         """Let ``engine.save_checkpoint`` hand its files to this object."""
         original, engine.checkpoint_engine = engine.checkpoint_engine, self
         # It would copy scripts into `save` here, on rank 0 alone, and raise there alone.
-        engine._copy_recovery_script = lambda save: None
+        engine._copy_recovery_script = self._note_recovery_scripts
         reuse = contextlib.nullcontext() if self._buffers is None else self._buffers.reused()
         try:
             with reuse:
@@ -132,6 +141,9 @@ class _Collector(CheckpointEngine):
         finally:
             engine.checkpoint_engine = original
             del engine._copy_recovery_script
+
+    def _note_recovery_scripts(self, save: str) -> None:
+        self.has_recovery_scripts = True
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Nothing to prepare."""
@@ -149,6 +161,7 @@ class _Collector(CheckpointEngine):
             self.contents[name] = copier.copy(_as_neox_reads_it(state_dict))
         except Exception as error:  # noqa: BLE001 - raised by all ranks together, later
             self.problem = f"{name} could not be prepared: {type(error).__name__}: {error}"
+        self.num_bytes += copier.num_bytes
         self.is_private = self.is_private and copier.is_private
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -162,6 +175,7 @@ class _Copier:
     """Copies the content of one file."""
 
     def __init__(self, buffers: SnapshotBuffers | None, *, shares: bool) -> None:
+        self.num_bytes = 0
         self.is_private = True
         self._buffers = buffers
         self._shares = shares
@@ -219,6 +233,7 @@ class _Copier:
         key = storage._cdata
         if key not in self._storages:
             self._originals.append(storage)
+            self.num_bytes += storage.nbytes()
             if self._buffers is None and storage.device.type == "cpu":
                 self._storages[key] = storage
             else:
@@ -231,6 +246,7 @@ class _Copier:
 
     def _alone(self, source: torch.Tensor) -> torch.Tensor:
         num_bytes = source.numel() * source.element_size()
+        self.num_bytes += num_bytes
         if self._buffers is None and source.device.type == "cpu":
             covers = source.is_contiguous() and source.untyped_storage().nbytes() == num_bytes
             return source if covers else source.clone(memory_format=torch.contiguous_format)

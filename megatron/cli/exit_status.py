@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from megatron.base.errors import MegatronError
+from megatron.engine.termination import Terminated, end_by
 
 __all__ = ["run_command"]
 
@@ -17,18 +18,27 @@ def run_command(command: Callable[[], None]) -> int:
 
     An error of ours is a message for the user, printed without a traceback: what, the numbers,
     where, what next. What all ranks know is told by one of them, and that one ends first, so that
-    launchers take its words for the cause. Anything else is a defect and keeps its traceback.
+    launchers take its words for the cause. Anything else is a defect and keeps its traceback. Who
+    was told to end by a signal ends by it.
     """
     try:
         command()
+    except Terminated as terminated:
+        if _is_told_here(terminated):
+            print(terminated, file=sys.stderr, flush=True)  # noqa: T201 - the message
+        end_by(terminated.number)
     except MegatronError as error:
-        rank = os.environ.get("RANK")
-        if error.teller is not None and rank is not None and int(rank) != error.teller:
+        if not _is_told_here(error):
             time.sleep(_TELLER_ENDS_FIRST_S)
             return 1
         print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
         return 1
     return 0
+
+
+def _is_told_here(error: MegatronError) -> bool:
+    rank = os.environ.get("RANK")
+    return error.teller is None or rank is None or int(rank) == error.teller
 
 
 def _describe(error: MegatronError) -> str:

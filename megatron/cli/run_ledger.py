@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.save import model_part
+from megatron.checkpoint.save_settings import model_part
 from megatron.checkpoint.stored import StoredFacts
 from megatron.cli.resume_plan import PlannedLaunch
 from megatron.config.run_config import RunConfig
@@ -17,6 +17,7 @@ from megatron.engine.steps import MicroBatchSource
 from megatron.ledger.attempt_facts import AttemptFacts, LoadedCheckpoint
 from megatron.ledger.environment import describe_environment, numerics_hash
 from megatron.ledger.ledger_file import Ledger, Parent
+from megatron.ledger.manifest import read_manifest
 from megatron.ledger.planning.component_ranges import cursors_at
 from megatron.ledger.recorder import Recorder, flush_interval
 from megatron.ledger.run_file import RunFile, new_run, read_run_file, write_run_file
@@ -135,11 +136,13 @@ def _loaded(launch: PlannedLaunch) -> LoadedCheckpoint | None:
     source, ledger = launch.source.checkpoint, _ledger(launch)
     if source is None:
         return None
+    manifest = read_manifest(source)
     return LoadedCheckpoint(
         path=str(source.resolve()),
         run_id=ledger.run_id if ledger is not None else None,
         step=launch.plan.source_step or 0,
         chain=ledger.chain if ledger is not None else None,
+        sequence=manifest.sequence if manifest is not None else None,
     )
 
 

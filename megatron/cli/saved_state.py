@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,16 @@ from torch import nn
 from megatron.base.errors import ConfigError, RunDirectoryError
 from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
-from megatron.checkpoint.save import SaveSettings, save_checkpoint
 from megatron.checkpoint.stored import StoredFacts, read_model_facts
 from megatron.cli.resume_plan import PlannedLaunch, plan_launch
+from megatron.cli.run_saver import open_saver
 from megatron.config.load import RunConfig
 from megatron.data.tokenizers import padded_vocab_size
 from megatron.engine.agreement import together
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
+from megatron.engine.saving import RunSaver
+from megatron.engine.seeding import seed_resumed_run
 from megatron.ledger.run_directory import remove_leftovers
 from megatron.ledger.save_lock import SaveLock
 from megatron.model.facts import ModelFacts
@@ -143,37 +144,23 @@ class Checkpoints:
         print_rank_0(f"loaded {self.source}, iteration {state.iteration}")
         for notice in state.notices:
             print_rank_0(f"note: {notice}")
+        if state.reseeds_rng:
+            seed_resumed_run(self.groups, self.config.other.seed, step=state.iteration)
         return state.iteration
 
-    def saver(
-        self, engine: Any, facts: ModelFacts, journal: Journal | None
-    ) -> Callable[[int, bool], None] | None:
-        """Return how a step's checkpoint is written; None if the run isn't saved."""
-        training = self.config.training
-        if training.save is None or journal is None:
+    def saver(self, engine: Any, facts: ModelFacts, journal: Journal | None) -> RunSaver | None:
+        """Return what writes the run's checkpoints; None if it isn't saved."""
+        if journal is None:
             return None
-        settings = SaveSettings(
-            directory=Path(training.save),
-            model_arguments=self._model_arguments(facts),
+        return open_saver(
+            self.config,
+            self.groups,
+            engine,
+            journal,
             facts=self.stored_facts(facts),
-            config_files=self.config.config_files,
-            keep_last_n=training.keep_last_n_checkpoints,
-            saves_rng=not training.no_save_rng,
+            model_arguments=self._model_arguments(facts),
+            lease=self.lock,
         )
-
-        def save(step: int, evaluation_due: bool) -> None:
-            ledger = journal.ledger(evaluation_due=evaluation_due)
-            save_checkpoint(
-                engine,
-                step,
-                settings,
-                rank=self.groups.rank,
-                gather=self.groups.gather,
-                ledger=ledger,
-            )
-            journal.committed(ledger)
-
-        return save
 
     def stored_facts(self, facts: ModelFacts) -> StoredFacts:
         """Return the pinned facts together with the size this run's files are written at."""

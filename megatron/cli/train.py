@@ -24,6 +24,7 @@ from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizers import build_optimizer
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
+from megatron.engine.termination import Terminated
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
@@ -78,7 +79,8 @@ def train(
                 with contextlib.suppress(
                     MegatronError, OSError
                 ):  # the first error is the one to tell
-                    journal.close(f"failed: {type(error).__name__}")
+                    terminated = isinstance(error, Terminated)
+                    journal.close("terminated" if terminated else f"failed: {type(error).__name__}")
             raise
         if journal is not None:
             journal.close(reason.value)
@@ -137,7 +139,7 @@ def prepare(
         gradient_norm=gradient_norm,
         reporter=reporter,
         journal=journal,
-        save=checkpoints.saver(engine, facts, journal),
+        saving=checkpoints.saver(engine, facts, journal),
         on_loss=on_loss,
     )
     return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)

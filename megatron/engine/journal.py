@@ -84,10 +84,20 @@ class Journal:
         self._on_rank_0(build)
         return ledger
 
-    def committed(self, ledger: Ledger | None) -> None:
-        """Note on rank 0 that the checkpoint with ``ledger`` is published."""
+    @property
+    def attempt(self) -> int | None:
+        """Number of this launch, on rank 0."""
+        return None if self._recorder is None else self._recorder.number
+
+    @property
+    def previous_sequence(self) -> int | None:
+        """Commit sequence of the lineage's last checkpoint in this directory, on rank 0."""
+        return None if self._recorder is None else self._recorder.previous_sequence
+
+    def committed(self, ledger: Ledger | None, sequence: int) -> None:
+        """Note on rank 0 that the checkpoint with ``ledger`` is published, as which commit."""
         if self._recorder is not None and ledger is not None:
-            self._recorder.committed(ledger)
+            self._recorder.committed(ledger, sequence)
 
     def close(self, reason: str) -> None:
         """Note why the attempt stops; nothing is collected, so lines may be left waiting."""

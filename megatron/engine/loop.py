@@ -10,6 +10,7 @@ from megatron.base.errors import MegatronError
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
 from megatron.engine.reports import Reporter
+from megatron.engine.saving import RunSaver
 from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
 from megatron.ledger.attempts import EvaluationRecord, StepRecord
 
@@ -54,24 +55,36 @@ class Training:
     gradient_norm: Callable[[], float | None]
     reporter: Reporter
     journal: Journal | None  # None: the run isn't saved, and so nothing is recorded
-    save: Callable[[int, bool], None] | None
-    """(step, whether its evaluation is still due) -> commit a checkpoint. None: not saved."""
+    saving: RunSaver | None  # None: the run isn't saved
     on_loss: Callable[[float], None]
 
 
 def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopReason:
     """Train from ``first_step`` to ``train_iters``.
 
+    A save in flight is waited for, whether training ends well or not.
+
     Raises:
+        CheckpointError: a checkpoint could not be saved.
         DivergenceError: too many fp16 overflows in a row.
         RunDirectoryError: what was read isn't what the lineage says.
+        Terminated: SIGTERM came while a checkpoint was written.
     """
+    try:
+        return _train(training, settings, first_step)
+    except BaseException as error:
+        if training.saving is not None:
+            training.saving.settle(error)
+        raise
+
+
+def _train(training: Training, settings: LoopSettings, first_step: int) -> StopReason:
+    saving = training.saving
     training.reporter.start(first_step - 1)
-    if first_step == 1 and training.save is not None and settings.is_save_step(0):
-        training.save(0, False)
+    if first_step == 1 and saving is not None and settings.is_save_step(0):
+        saving.save(0, False)
     if settings.evaluates_first:
         _evaluate_validation(training, settings, first_step - 1)
-    last_saved = None
     skips_in_a_row = 0
     for step in range(first_step, settings.train_iters + 1):
         record, loss_scale = _take_step(training, step)
@@ -83,18 +96,20 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
                 "or train in bfloat16"
             )
         training.reporter.step(record, loss_scale=loss_scale)
+        if saving is not None:
+            saving.poll()
         is_evaluated = bool(settings.eval_interval) and step % settings.eval_interval == 0
-        if training.save is not None and settings.is_save_step(step):
-            training.save(step, is_evaluated and training.valid_batches is not None)
-            last_saved = step
+        if saving is not None and settings.is_save_step(step):
+            saving.save(step, is_evaluated and training.valid_batches is not None)
         if is_evaluated:
             _evaluate_validation(training, settings, step)
         if settings.exit_interval and step % settings.exit_interval == 0:
+            if saving is not None:
+                saving.finish()
             training.groups.barrier()
             training.reporter.line(f"stopping at iteration {step}: exit_interval is reached")
             return StopReason.EXIT_INTERVAL
-    is_saved = settings.train_iters in (last_saved, first_step - 1)
-    _finish(training, settings, already_saved=is_saved)
+    _finish(training, settings, is_loaded=settings.train_iters == first_step - 1)
     return StopReason.FINISHED
 
 
@@ -158,16 +173,21 @@ def _evaluate(
     return loss
 
 
-def _finish(training: Training, settings: LoopSettings, *, already_saved: bool) -> None:
+def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> None:
     """Evaluate once more; these evaluations move no cursor, so that a run can be extended."""
     step = settings.train_iters
     if training.valid_batches is not None:
         loss = _evaluate(training, "valid", training.valid_batches, settings, step, at_end=True)
         when = "the end of training for val data"
         training.reporter.evaluation("validation", loss, step=step, when=when)
-    if training.save is not None and step > 0 and not already_saved:
-        training.save(step, False)
+    saving = training.saving
+    if saving is not None and step > 0 and not is_loaded:
+        saving.finish()
+        if saving.committed_step != step:
+            saving.save(step, False)
     if training.test_batches is not None:
         loss = _evaluate(training, "test", training.test_batches, settings, step, at_end=True)
         when = "the end of training for test data"
         training.reporter.evaluation("test", loss, step=step, when=when)
+    if saving is not None:
+        saving.finish()

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from megatron.checkpoint.load import LoadedState, LoadSettings, load_checkpoint, load_weights
-from megatron.checkpoint.save import SaveSettings, save_checkpoint
+from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save_settings import SaveSettings
 from megatron.checkpoint.stored import StoredFacts
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.topology import Topology
@@ -21,6 +22,7 @@ from megatron.engine.deepspeed_config import deepspeed_settings
 from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect
 from megatron.engine.optimizers import build_optimizer
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
+from megatron.ledger.manifest import read_manifest
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
 from megatron.model.loss import cross_entropy_loss
@@ -126,6 +128,7 @@ class TinyRun:
             load_weights(self.module, weights_from, self.load_settings, gather=self.groups.gather)
         self.engine = self._engine()
         self.iteration = 0
+        self.saved: int | None = None  # commit sequence of the last save
 
     def _engine(self) -> Any:
         settings = self.settings
@@ -192,13 +195,19 @@ class TinyRun:
             config_files={"tiny.yml": "train_iters: 20\n"},
             **options,
         )
-        return save_checkpoint(
+        saved = save_checkpoint(
             self.engine,
             self.iteration,
             settings,
             rank=self.groups.rank,
+            world_size=self.groups.topology.world_size,
             gather=self.groups.gather,
+            parent=self.saved,
         )
+        manifest = read_manifest(saved)
+        assert manifest is not None
+        self.saved = manifest.sequence
+        return saved
 
     def train(self, steps: int, batches: Any = None) -> list[float]:
         """Train and return the losses; every step's tokens depend on its number alone."""

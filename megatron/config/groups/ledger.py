@@ -16,13 +16,13 @@ class Ledger:
     """Names of changes that may make a resumed run repeat or skip samples: any of ``seed``,
     ``seq_length``, ``split``, ``packing``, ``tokenizer``, ``data``. Empty: they are refused."""
 
-    async_save: bool | None = key(None, outcome=only(False, advice="leave it out"))
-    """Go on training while a checkpoint's bytes are written. Unset: on wherever it is exact."""
+    async_save: bool | None = key(None, outcome=WORKS)
+    """Go on training while a checkpoint's bytes are written; takes host memory for one copy of each
+    rank's state. Unset: on wherever it is exact (not under ZeRO stage 3)."""
 
-    on_save_error: Literal["stop", "continue"] = key(
-        "stop", outcome=only("stop", advice="leave it out")
-    )
-    """Whether a checkpoint that can't be written ends the run."""
+    on_save_error: Literal["stop", "continue"] = key("stop", outcome=WORKS)
+    """Whether a checkpoint that can't be written ends the run. ``continue``: say so, keep the
+    checkpoints there are, and try again at the next save."""
 
     elastic_batch: bool = key(False, outcome=refused("set the batch sizes by hand"))
     """Solve micro batch and gradient accumulation for a fixed ``train_batch_size`` at any
