@@ -25,6 +25,7 @@ __all__ = [
     "manifest_text",
     "quick_problems",
     "read_manifest",
+    "share_by_size",
     "share_of_files",
     "write_manifest",
 ]
@@ -153,15 +154,21 @@ def digest_problems(checkpoint: Path, manifest: Manifest, names: Iterable[str]) 
 
 
 def share_of_files(manifest: Manifest, rank: int, world_size: int) -> list[str]:
-    """Return the files that ``rank`` of ``world_size`` checks.
+    """Return the files that ``rank`` of ``world_size`` checks; each file is one rank's."""
+    sizes = {name: file.size for name, file in manifest.files.items()}
+    return share_by_size(sizes, rank, world_size)
 
-    Each file is one rank's; the largest are dealt out first, each to who has the fewest bytes.
+
+def share_by_size(sizes: Mapping[str, int], rank: int, world_size: int) -> list[str]:
+    """Return the names that are dealt to ``rank``.
+
+    The largest are dealt out first, each to who has the fewest bytes.
     """
     loads = [(0, one) for one in range(world_size)]
     share = []
-    for name, file in sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0])):
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         load, owner = heapq.heappop(loads)
-        heapq.heappush(loads, (load + file.size + 1, owner))  # opening a file costs too
+        heapq.heappush(loads, (load + size + 1, owner))  # opening a file costs too
         if owner == rank:
             share.append(name)
     return sorted(share)
