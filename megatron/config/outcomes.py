@@ -6,6 +6,7 @@ silently ignored.
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from megatron.base.errors import ConfigError
@@ -27,6 +28,7 @@ def check_launch(config: RunConfig) -> list[str]:
     """
     flat = config.flat()
     problems, notices = [*_missing_for_training(config), *_contradictions(config)], []
+    problems += _missing_packages(config)
     for name, entry in keys().items():
         outcome = judge(entry, flat)
         if outcome.kind is OutcomeKind.REFUSED:
@@ -109,6 +111,16 @@ def _missing_for_training(config: RunConfig) -> list[str]:
     return problems
 
 
+def _missing_packages(config: RunConfig) -> list[str]:
+    """Packages of optional parts; better missed now than at the first save."""
+    if config.training.s3_path is None or find_spec("s3fs") is not None:
+        return []
+    return [
+        f"{config.say('s3_path')} needs the package s3fs, which is not installed: "
+        "pip install -r requirements/requirements-s3.txt"
+    ]
+
+
 def _contradictions(config: RunConfig) -> list[str]:
     """Problems that would only show while training runs."""
     problems = []
@@ -118,6 +130,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"{config.say('train_iters')} and {config.say('train_epochs')} both say how long to "
             "train; keep one"
         )
+    problems += _labels_problems(config)
     factor = training.checkpoint_factor
     if training.save is None or factor is None:
         return problems
@@ -132,6 +145,18 @@ def _contradictions(config: RunConfig) -> list[str]:
             "checkpoint_scale linear"
         )
     return problems
+
+
+def _labels_problems(config: RunConfig) -> list[str]:
+    names = [f"{split}_label_data_paths" for split in ("train", "valid", "test")]
+    given = [name for name in names if config.get(name)]
+    if len(given) in (0, len(names)):
+        return []
+    missing = [name for name in names if name not in given]
+    return [
+        f"{' and '.join(given)} given without {' and '.join(missing)}; evaluations learn and leave "
+        "out what training does: give label data for all three, or for none"
+    ]
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import typing
 
 import pytest
@@ -99,6 +100,14 @@ def test_defaults_and_agreeing_mirrors_are_not_mentioned():
             "(ZeRO 2 and 3 need pipe_parallel_size: 0; with a pipeline use stage 0 or 1)",
         ),
         ({"communication_data_type": True}, "(write a type, such as fp32, or leave it out)"),
+        (
+            {"save": "out", "checkpoint_factor": 5, "s3_path": "bucket/a"},
+            "s3_path=bucket/a (write s3://bucket/prefix)",
+        ),
+        (
+            {"save": "out", "checkpoint_factor": 5, "s3_path": "s3:///a"},
+            "s3_path=s3:///a (write s3://bucket/prefix)",
+        ),
         ({"sequence_parallel": True}, "sequence_parallel=True (set it to false; the numbers"),
     ],
 )
@@ -127,10 +136,27 @@ def test_a_refused_key_of_ours_is_not_said_to_be_neox_s():
         {"finetune": True, "load": "in", "no_load_optim": True, "no_load_rng": True},
         {"checkpoint_activations": True, "checkpoint_num_layers": 2},
         {"weight_by_num_documents": True, "weighted_sampler_alpha": 0.3},
+        {
+            "save": "out",
+            "checkpoint_factor": 5,
+            "s3_path": "s3://bucket/prefix",
+            "s3_chunk_size": 10_000_000,
+        },
+        {"save": "out", "checkpoint_factor": 5, "checkpoint_validation_with_forward_pass": True},
     ],
 )
 def test_what_the_trainer_can_do_is_not_commented_on(values):
     assert notices(**values) == []
+
+
+def test_object_storage_without_its_package_is_found_out_at_launch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(
+        ConfigError,
+        match=r"s3_path=s3://b \(override\) needs the package s3fs, which is not installed: "
+        r"pip install -r requirements/requirements-s3\.txt",
+    ):
+        notices(save="out", checkpoint_factor=5, s3_path="s3://b")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,20 @@
 """Training keys: saving and loading."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron.config.declare import WORKS, key, no_effect, part_of, refused
+from megatron.config.declare import WORKS, Outcome, key, no_effect, refused
 
 __all__ = ["TrainingCheckpoints"]
+
+
+def _object_storage(value: str, _keys: Mapping[str, Any]) -> Outcome:
+    """works for s3:// addresses; others refused."""
+    bucket = value.removeprefix("s3://").partition("/")[0]
+    if not value.startswith("s3://") or not bucket:
+        return refused("write s3://bucket/prefix")
+    return WORKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,15 +25,15 @@ class TrainingCheckpoints:
     """Folder of the run: checkpoints and records. Unset: nothing is kept. With it,
     ``checkpoint_factor`` or ``extra_save_iters`` must say when."""
 
-    s3_path: str | None = key(
-        None, tier=3, outcome=refused("leave it out and copy the save folder yourself")
-    )
-    """``s3://bucket/prefix`` to copy checkpoints to."""
+    s3_path: str | None = key(None, tier=3, outcome=_object_storage)
+    """``s3://bucket/prefix``: every checkpoint is copied to ``<s3_path>/<name of save>/``. Needs
+    the package s3fs; credentials and endpoint come from the environment (``AWS_PROFILE``,
+    ``AWS_ENDPOINT_URL``, ...)."""
 
     s3_chunk_size: int | None = key(
-        104_857_600, tier=3, unit="bytes", minimum=1, outcome=part_of("s3_path")
+        104_857_600, tier=3, unit="bytes", minimum=5_242_880, outcome=WORKS
     )
-    """Size of the pieces a file is uploaded in."""
+    """Size of the pieces a file is uploaded in; 5 MiB is the least that S3 takes."""
 
     config_files: dict[str, Any] | None = key(None, is_derived=True, outcome=WORKS)
     """Text of the configuration files by name, kept with every checkpoint; filled in by loading."""
@@ -32,10 +41,9 @@ class TrainingCheckpoints:
     load: str | None = key(None, outcome=WORKS)
     """Folder to resume from. Unset: begin at step 0."""
 
-    checkpoint_validation_with_forward_pass: bool | None = key(
-        False, tier=2, outcome=refused("set it to false; checkpoints are checked in other ways")
-    )
-    """Store the logits of a fixed input and compare them after loading."""
+    checkpoint_validation_with_forward_pass: bool | None = key(False, tier=2, outcome=WORKS)
+    """Store what the model answers to the next micro batch with every checkpoint, and compare it
+    after loading. Digests find a damaged file without it; this finds a model built differently."""
 
     checkpoint_scale: Literal["linear", "log"] | None = key("linear", outcome=WORKS)
     """``linear``: save every ``checkpoint_factor`` steps. ``log``: at its powers."""
