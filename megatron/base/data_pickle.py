@@ -13,6 +13,7 @@ import collections
 import math
 import pickletools
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 LIMIT_BYTES = 16 << 20  # of a pickle without its tensors; NeoX's have 1 to 100 kB
-_LIMIT_INSTRUCTIONS = 2_000_000
+_LIMIT_INSTRUCTIONS = 1_000_000
 _LIMIT_DIMENSIONS = 64
 _LIMIT_INTEGER_BYTES = 32
 _SHOWN = 120  # characters of a name in a message
@@ -113,7 +114,7 @@ def read_data_pickle(stream: BytesIO, storages: dict[str, Storage]) -> Any:
         ForbiddenNameError: it names a class or function that is not in the table.
         ValueError: it is truncated, damaged, or uses what ``torch.save`` doesn't write.
     """
-    machine = _Machine(storages)
+    machine = _Machine(storages, allowance=stream.getbuffer().nbytes)
     count = 0
     try:
         for instruction, argument, _ in pickletools.genops(stream):
@@ -131,12 +132,13 @@ def read_data_pickle(stream: BytesIO, storages: dict[str, Storage]) -> Any:
 class _Machine:
     """The stack, the memo, and one method per group of instructions."""
 
-    def __init__(self, storages: dict[str, Storage]) -> None:
+    def __init__(self, storages: dict[str, Storage], *, allowance: int) -> None:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._storages = storages
-        self._allowance = LIMIT_BYTES  # of items handed to constructors, which copy them
+        # Of items handed to constructors, which copy them: each stands in the pickle once.
+        self._allowance = allowance
 
     def result(self) -> Any:
         value = self._stack.pop()
@@ -218,7 +220,7 @@ class _Machine:
         constructors = _CLASSES if is_new else _FUNCTIONS
         constructor = constructors.get(name)
         if constructor is None:
-            raise ForbiddenNameError(f"it calls {name} where checkpoints don't")
+            raise ForbiddenNameError(f"it makes a call of {name}")
         return constructor(*arguments)
 
     def _storage(self, identifier: Any) -> Storage:
@@ -243,6 +245,8 @@ class _Machine:
 
 def _known_name(argument: str) -> _Name:
     module, _, name = argument.partition(" ")
+    # Protocol 2 has Python 2's names.
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     found = _Name(module, name)
     if found not in _NAMES:
         raise ForbiddenNameError(f"it names {str(found)[:_SHOWN]}")
@@ -501,7 +505,6 @@ _NDARRAY = _Name("numpy", "ndarray")
 _FUNCTIONS: dict[_Name, Callable[..., Any]] = {
     _Name("collections", "OrderedDict"): _ordered_dict,
     _Name("builtins", "set"): _set,
-    _Name("__builtin__", "set"): _set,
     _Name("_codecs", "encode"): _encoded,
     _Name("torch", "Size"): _size,
     _Name("torch", "device"): _device,

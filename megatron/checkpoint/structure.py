@@ -310,11 +310,12 @@ def _other_steps(structure: Structure) -> Iterator[str]:
     names = files.model_states or {rank: files.scattered[0, rank] for rank in structure.metadata}
     reference = min(structure.metadata)
     first = structure.metadata[reference]
-    named = step_of(structure.checkpoint.name)
+    folder = structure.checkpoint.name
+    named = step_of(folder)
     if first.iteration is None:
         yield f"{names[reference]}: it does not say its iteration"
     elif named is not None and first.iteration != named:
-        yield f"{names[reference]}: of step {first.iteration}, in a directory called {structure.checkpoint.name}"
+        yield f"{names[reference]}: of step {first.iteration}, in a directory called {folder}"
     ledger = structure.ledger
     if ledger is not None and first.iteration is not None and ledger.step != first.iteration:
         yield f"ledger.json: of step {ledger.step}, beside files of step {first.iteration}"
