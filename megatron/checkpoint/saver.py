@@ -97,6 +97,11 @@ class Saver:
         """Step whose checkpoint is being written."""
         return None if self._flight is None else self._flight.step
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory kept for snapshots."""
+        return 0 if self._buffers is None else self._buffers.num_bytes
+
     def save(
         self,
         step: int,
