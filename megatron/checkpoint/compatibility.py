@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.base.errors import CheckpointError
@@ -14,7 +15,6 @@ __all__ = [
     "WEIGHTS_ALONE",
     "LoadSettings",
     "model_rank",
-    "require_resumable",
     "require_same_arguments",
     "require_same_parameters",
     "topology_difference",
@@ -45,6 +45,20 @@ class LoadSettings:
     model_arguments: Mapping[str, Any]  # the eight values NeoX compares, as this run saves them
     topology: Topology
     rank: int  # global rank of this process
+    is_verified: bool = False  # the files' digests or checksums were just checked
+
+    def open(self, directory: Path) -> StoredCheckpoint:
+        """Return the checkpoint in ``directory``, read as far as needed.
+
+        Raises:
+            CheckpointError: it is not a checkpoint.
+        """
+        return StoredCheckpoint(directory, is_verified=self.is_verified)
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's place among the ranks that share every layer."""
+        return self.topology.coordinates(self.rank).tensor_parallel_rank
 
 
 def model_rank(settings: LoadSettings) -> int:
@@ -76,20 +90,6 @@ def topology_difference(stored: StoredCheckpoint, topology: Topology) -> str | N
         return "pipe_parallel_size {}, model_parallel_size {}, data parallel {}".format(*sizes)
 
     return f"it was written at {described(written)}, this launch has {described(live)}"
-
-
-def require_resumable(stored: StoredCheckpoint, difference: str | None) -> None:
-    """Refuse to restore optimizer state when the topologies differ.
-
-    Raises:
-        CheckpointError: ``difference`` is not None.
-    """
-    if difference is None:
-        return
-    reason = ""
-    if stored.model_ranks:
-        reason = "; optimizer state cannot be resharded to another topology yet"
-    raise CheckpointError(f"{stored.directory}: {difference}{reason}; {WEIGHTS_ALONE}")
 
 
 def require_same_arguments(

@@ -9,10 +9,20 @@ from typing import Any
 import torch
 
 from megatron.base.errors import CheckpointError
-from megatron.checkpoint.compatibility import WEIGHTS_ALONE, LoadSettings
+from megatron.checkpoint.compatibility import WEIGHTS_ALONE, LoadSettings, model_rank
 from megatron.checkpoint.optimizer_state import adapt_optimizer_state
+from megatron.checkpoint.stored import StoredCheckpoint, zero_file
+from megatron.checkpoint.weights import numbered_layers
 
-__all__ = ["adapt_engine_state", "is_partitioned", "load_engine_state", "require_matching_masters"]
+__all__ = [
+    "adapt_engine_state",
+    "is_partitioned",
+    "layout_difference",
+    "load_engine_state",
+    "require_matching_masters",
+    "require_rounded",
+    "zero_file_of",
+]
 
 # What the two partitioned optimizers of DeepSpeed (ZeRO and BF16) have in common.
 _NEEDED_OF_ZERO = {"base_optimizer_state", "single_partition_of_fp32_groups", "ds_version"}
@@ -24,6 +34,56 @@ def is_partitioned(engine: Any) -> bool:
     That is so for ZeRO, and for the bf16 optimizer at any stage.
     """
     return hasattr(engine.optimizer, "dp_process_group")
+
+
+def layout_difference(
+    engine: Any, stored: StoredCheckpoint, metadata: Mapping[str, Any], settings: LoadSettings
+) -> str | None:
+    """Return how the stored optimizer state differs in form from this rank's, None if it doesn't.
+
+    Args:
+        engine: DeepSpeed's.
+        stored: a checkpoint of the same topology.
+        metadata: content of this rank's model-states file.
+        settings: what is expected of it.
+    """
+    layer, module = next(iter(numbered_layers(engine.module).items()))
+    name, parameter = next(iter(module.named_parameters()))
+    weight = stored.weights(layer, settings.tensor_rank)[1].get(name)
+    if weight is not None and weight.dtype != parameter.dtype:
+        return f"it holds {weight.dtype} weights, this run trains {parameter.dtype}"
+    if is_partitioned(engine) != bool(stored.optimizer_files):
+        return "it was written with another ZeRO stage"
+    if not is_partitioned(engine):
+        return _replicated_difference(engine, metadata.get("optimizer"))
+    state = stored.optimizer_states(zero_file_of(engine, settings)).get("optimizer_state_dict")
+    if not isinstance(state, Mapping) or "param_slice_mappings" not in state:
+        return None
+    if state["param_slice_mappings"] != engine.optimizer._param_slice_mappings:
+        return "its parameters are divided over stages, groups or ranks in another way"
+    return None
+
+
+def zero_file_of(engine: Any, settings: LoadSettings) -> str:
+    """Return the name of the file with this rank's part of the optimizer state."""
+    place = settings.topology.coordinates(settings.rank)
+    return zero_file(place.data_parallel_rank, model_rank(settings), bf16=engine.bfloat16_enabled())
+
+
+def _replicated_difference(engine: Any, state: Any) -> str | None:
+    live = engine.optimizer
+    if not isinstance(state, Mapping):
+        return None
+    is_plain = live is engine.basic_optimizer
+    if ("param_groups" in state) != is_plain or not (
+        is_plain or set(live.state_dict()) <= set(state)
+    ):
+        return "it was written with another precision or optimizer"
+    groups = state.get("optimizer_state_dict", state)["param_groups"]
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != [len(group["params"]) for group in engine.basic_optimizer.param_groups]:
+        return "its parameters are divided over stages or groups in another way"
+    return None
 
 
 def adapt_engine_state(
@@ -91,13 +151,22 @@ def require_matching_masters(engine: Any, directory: Path) -> None:
         CheckpointError: they are not, so that the files come from different saves.
     """
     for weights, masters in _weights_and_masters(engine.optimizer):
-        rounded = masters.detach().to(device=weights.device, dtype=weights.dtype)
-        if not torch.allclose(rounded, weights.detach(), rtol=0, atol=0, equal_nan=True):
-            raise CheckpointError(
-                f"{directory}: weights and the optimizer's copies of them differ, so its layer "
-                "files and optimizer files come from different saves; load another checkpoint, or "
-                f"{WEIGHTS_ALONE}"
-            )
+        require_rounded(masters.detach(), weights.detach(), directory=directory)
+
+
+def require_rounded(masters: torch.Tensor, weights: torch.Tensor, *, directory: Path) -> None:
+    """Check that ``weights`` are ``masters`` in their own precision.
+
+    Raises:
+        CheckpointError: they are not, so that files of ``directory`` come from different saves.
+    """
+    rounded = masters.to(device=weights.device, dtype=weights.dtype)
+    if not torch.allclose(rounded, weights, rtol=0, atol=0, equal_nan=True):
+        raise CheckpointError(
+            f"{directory}: weights and the optimizer's copies of them differ, so its layer files "
+            "and optimizer files come from different saves; load another checkpoint, or "
+            f"{WEIGHTS_ALONE}"
+        )
 
 
 def _weights_and_masters(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -19,7 +19,6 @@ from megatron.checkpoint.compatibility import (
     WEIGHTS_ALONE,
     LoadSettings,
     model_rank,
-    require_resumable,
     require_same_arguments,
     require_same_parameters,
     topology_difference,
@@ -27,15 +26,23 @@ from megatron.checkpoint.compatibility import (
 from megatron.checkpoint.engine_optimizer import (
     adapt_engine_state,
     is_partitioned,
+    layout_difference,
     load_engine_state,
     require_matching_masters,
+    zero_file_of,
 )
+from megatron.checkpoint.parameter_state import gradient_multiple_notice, gradient_multiple_of
+from megatron.checkpoint.resharding import Resharding, apply_resharding, prepare_resharding
 from megatron.checkpoint.rng import require_rng_states, restore_rng_states
 from megatron.checkpoint.safe_torch import read_torch_file
-from megatron.checkpoint.stored import StoredCheckpoint, model_states_file, zero_file
+from megatron.checkpoint.stored import StoredCheckpoint, model_states_file
 from megatron.checkpoint.weights import LayerWeights, copy_weights, read_weights
 
-__all__ = ["LoadSettings", "LoadedState", "load_checkpoint", "load_weights"]
+__all__ = ["RESHAPED_FROM", "LoadSettings", "LoadedState", "load_checkpoint", "load_weights"]
+
+
+RESHAPED_FROM = "reshaped_from"
+"""In a model-states file: another topology wrote what the files were made from."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class LoadedState:
 
     iteration: int  # steps the loaded model has been trained for
     notices: tuple[str, ...]  # what a user should know, the same on every rank
+    reseeds_rng: bool = False
+    """The random states were wanted and are another topology's: draw new ones (design §2, E4)."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,12 @@ class _Prepared:
     """Everything read and checked; nothing of it applied yet."""
 
     iteration: int
-    metadata: Mapping[str, Any]  # of this rank's model-states file; empty if it isn't needed
+    metadata: Mapping[str, Any]  # of a model-states file; empty if it isn't needed
     weights: LayerWeights | None
-    optimizer: dict[str, Any] | None
+    optimizer: dict[str, Any] | None  # as this very optimizer saved it
+    resharding: Resharding | None  # in place of weights and optimizer
     rng_source: str | None  # the file the random states come from, None: they are left alone
+    reseeds_rng: bool
     notices: tuple[str, ...]
 
 
@@ -77,7 +88,7 @@ def load_weights(
     """
 
     def prepare() -> LayerWeights:
-        stored = StoredCheckpoint(directory)
+        stored = settings.open(directory)
         require_same_arguments(stored, settings, but=("model_parallel_size",))
         return _read_weights(stored, module, settings)
 
@@ -102,8 +113,9 @@ def load_checkpoint(
         settings: what is expected of it.
         gather: collects a value of every rank, outside of the training's process groups.
         restores_weights: False if :func:`load_weights` has filled the module already.
-        restores_optimizer: also restore optimizer, schedule and step counters, which needs the
-            topology that wrote them. Otherwise weights written at any TP and PP are loaded.
+        restores_optimizer: also restore optimizer, schedule and step counters. If this launch is
+            divided in another way than the writer, or trains in another precision or ZeRO stage,
+            masters and moments are resharded, exactly.
         restores_rng: also restore the random states, where the topology is the writer's.
 
     Raises:
@@ -116,7 +128,7 @@ def load_checkpoint(
     prepared = all_or_none(
         lambda: _prepare(
             engine,
-            StoredCheckpoint(directory),
+            settings.open(directory),
             settings,
             restores_weights=restores_weights,
             restores_optimizer=restores_optimizer,
@@ -124,13 +136,13 @@ def load_checkpoint(
         ),
         gather,
     )
-    if prepared.optimizer is not None:
+    if restores_optimizer:
         schedule = prepared.metadata["lr_scheduler"]
         all_or_none(lambda: engine.lr_scheduler.load_state_dict(schedule), gather)
     if prepared.weights is not None:
         copy_weights(engine.module, prepared.weights)
-    if prepared.optimizer is not None:
-        load_engine_state(engine, prepared.optimizer, settings)
+    if restores_optimizer:
+        all_or_none(lambda: _apply_optimizer(engine, prepared, settings), gather)
         _apply_counters(engine, prepared.metadata)
         # The optimizer's state brought the rate it was saved with.
         engine.lr_scheduler.apply()
@@ -139,7 +151,7 @@ def load_checkpoint(
         engine.optimizer.refresh_fp32_params()
     if prepared.rng_source is not None:
         restore_rng_states(prepared.metadata, source=prepared.rng_source)
-    return LoadedState(prepared.iteration, prepared.notices)
+    return LoadedState(prepared.iteration, prepared.notices, prepared.reseeds_rng)
 
 
 def _prepare(
@@ -152,35 +164,40 @@ def _prepare(
     restores_rng: bool,
 ) -> _Prepared:
     difference = topology_difference(stored, settings.topology)
-    if restores_optimizer:
-        require_resumable(stored, difference)
-    require_same_arguments(
-        stored, settings, but=() if restores_optimizer else ("model_parallel_size",)
-    )
-    notices: list[str] = []
+    require_same_arguments(stored, settings, but=("model_parallel_size",) if difference else ())
     metadata: Mapping[str, Any] = {}
-    has_rng = restores_rng and not difference and bool(stored.model_ranks)
-    if restores_rng and not has_rng:
-        notices.append(
-            f"random states are not restored: {difference or 'the checkpoint holds none'}; dropout "
-            "goes on from this run's seed, the order of samples is not affected"
-        )
-    if restores_optimizer or has_rng:
-        metadata = stored.model_states(model_rank(settings))
     rng_source = None
-    if has_rng:
+    if stored.model_ranks:
+        model_file = stored.model_ranks[0] if difference else model_rank(settings)
+        metadata = stored.model_states(model_file)
+    notices = []
+    seeds_anew = difference or (RESHAPED_FROM in metadata and "it was reshaped by a tool")
+    if restores_rng and seeds_anew:
+        notices.append(
+            f"random states are not restored: {seeds_anew}; dropout's are seeded from (seed, step, "
+            "stage, tensor rank), the order of samples is not affected"
+        )
+    elif restores_rng:
         rng_source = str(stored.directory / model_states_file(model_rank(settings)))
         require_rng_states(metadata, source=rng_source)
-    optimizer = None
+    optimizer, resharding = None, None
     if restores_optimizer:
-        optimizer, found = _read_optimizer(engine, stored, metadata, settings)
+        other = difference or layout_difference(engine, stored, metadata, settings)
+        if other is None:
+            optimizer, found = _read_optimizer(engine, stored, metadata, settings)
+        else:
+            resharding = prepare_resharding(engine, stored, settings)
+            found = (f"the optimizer's state is resharded, exactly: {other}", *resharding.notices)
         notices += found
+    reads_weights = restores_weights and resharding is None
     return _Prepared(
         iteration=stored.iteration,
         metadata=metadata,
-        weights=_read_weights(stored, engine.module, settings) if restores_weights else None,
+        weights=_read_weights(stored, engine.module, settings) if reads_weights else None,
         optimizer=optimizer,
+        resharding=resharding,
         rng_source=rng_source,
+        reseeds_rng=restores_rng and rng_source is None,
         notices=tuple(notices),
     )
 
@@ -188,13 +205,12 @@ def _prepare(
 def _read_weights(
     stored: StoredCheckpoint, module: nn.Module, settings: LoadSettings
 ) -> LayerWeights:
-    place = settings.topology.coordinates(settings.rank)
     return read_weights(
         stored,
         module,
         settings=settings.model,
         tensor_parallel_size=settings.topology.tensor_parallel_size,
-        tensor_rank=place.tensor_parallel_rank,
+        tensor_rank=settings.tensor_rank,
     )
 
 
@@ -205,35 +221,24 @@ def _read_optimizer(
     name = model_states_file(model_rank(settings))
     state, ds_config = metadata.get("optimizer"), metadata.get("ds_config")
     if is_partitioned(engine):
-        place = settings.topology.coordinates(settings.rank)
-        name = zero_file(
-            place.data_parallel_rank, model_rank(settings), bf16=engine.bfloat16_enabled()
-        )
+        name = zero_file_of(engine, settings)
         content = stored.optimizer_states(name)
         state, ds_config = content.get("optimizer_state_dict"), content.get("ds_config")
         require_same_parameters(engine, metadata, source=str(stored.directory / name))
     source = str(stored.directory / name)
     if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{source} holds no optimizer state: it was written with another ZeRO stage, which "
-            f"only changes together with resharding (not supported yet); {WEIGHTS_ALONE}"
-        )
-    if ds_config is None and not stored.is_ours:
-        raise CheckpointError(
-            f"{source} was written by NeoX v1.0, whose optimizer state cannot be read yet; "
-            f"{WEIGHTS_ALONE}"
-        )
-    multiple = 1
-    notices: list[str] = []
-    if not stored.is_ours and stored.has_layer_files:
-        multiple = stored.gradient_accumulation_steps(ds_config)
-        if multiple != 1:
-            notices.append(
-                "NeoX's pipeline sums gradients over the micro steps where we average: the "
-                f"optimizer's exp_avg is divided by {multiple}, exp_avg_sq by {multiple**2}"
-            )
+        raise CheckpointError(f"{source} holds no optimizer state; {WEIGHTS_ALONE}")
+    multiple = gradient_multiple_of(stored, ds_config)
+    notices = () if multiple == 1 else (gradient_multiple_notice(multiple),)
     adapted, found = adapt_engine_state(engine, state, gradient_multiple=multiple, source=source)
     return adapted, (*notices, *found)
+
+
+def _apply_optimizer(engine: Any, prepared: _Prepared, settings: LoadSettings) -> None:
+    if prepared.resharding is not None:
+        apply_resharding(engine, prepared.resharding)
+    elif prepared.optimizer is not None:
+        load_engine_state(engine, prepared.optimizer, settings)
 
 
 def _apply_counters(engine: Any, metadata: Mapping[str, Any]) -> None:
@@ -248,21 +253,24 @@ def _load_scattered(
     engine: Any, directory: Path, settings: LoadSettings, gather: Gather, restores_rng: bool
 ) -> LoadedState:
     """Resume a ZeRO 3 run through DeepSpeed's loader, once every rank can read its files."""
+    if engine.load_universal_checkpoint():
+        raise CheckpointError(
+            "checkpoint.load_universal is not supported: DeepSpeed would read its files without "
+            "our checks; remove the key"
+        )
     place = settings.topology.coordinates(settings.rank)
 
     def prepare() -> tuple[int, Mapping[str, Any]]:
-        stored = StoredCheckpoint(directory)
-        require_resumable(stored, topology_difference(stored, settings.topology))
-        if not stored.is_scattered:
+        stored = settings.open(directory)
+        difference = topology_difference(stored, settings.topology)
+        if difference is not None or not stored.is_scattered:
+            difference = difference or "it was not written by ZeRO stage 3"
             raise CheckpointError(
-                f"{directory} was not written by ZeRO stage 3, which only changes together with "
-                f"resharding (not supported yet); {WEIGHTS_ALONE}"
+                f"{directory}: {difference}; ZeRO stage 3 resumes at its own topology and stage "
+                f"only; {WEIGHTS_ALONE}"
             )
         require_same_arguments(stored, settings)
-        optimizer_name = zero_file(
-            place.data_parallel_rank, model_rank(settings), bf16=engine.bfloat16_enabled()
-        )
-        stored.optimizer_states(optimizer_name)
+        stored.optimizer_states(zero_file_of(engine, settings))
         metadata = stored.model_states(model_rank(settings), place.data_parallel_rank)
         if restores_rng:
             require_rng_states(metadata, source=str(directory))

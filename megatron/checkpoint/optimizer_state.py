@@ -6,7 +6,7 @@ last parameter of a group only (0 elsewhere). Readers take the largest, writers 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,14 @@ import torch
 
 from megatron.base.errors import CheckpointError
 
-__all__ = ["AdaptedState", "adapt_optimizer_state", "steps_taken", "with_fused_adam_keys"]
+__all__ = [
+    "AdaptedState",
+    "adapt_optimizer_state",
+    "changed_settings",
+    "restored_group",
+    "steps_taken",
+    "with_fused_adam_keys",
+]
 
 # Settings the configuration decides, with a notice if the checkpoint had others. (NeoX goes on with
 # the checkpoint's without a word.) Of a stored group only the learning rate is taken over: torch's
@@ -75,12 +82,8 @@ def adapt_optimizer_state(
     groups = []
     for old, live in zip(saved["param_groups"], live_groups, strict=True):
         step = steps_taken(old, saved["state"])
-        notices.update(dict.fromkeys(_changed_settings(old, live)))
-        group = {key: copy.copy(value) for key, value in live.items() if key != "params"}
-        group.update(lr=old["lr"], params=list(old["params"]))
-        if "bias_correction" in live:  # apex's FusedAdam counts in the group, from its first step
-            group["step"] = step
-        groups.append(group)
+        notices.update(dict.fromkeys(changed_settings(old, live)))
+        groups.append(restored_group(live, lr=old["lr"], step=step, numbers=old["params"]))
         for index, parameter in zip(old["params"], live["params"], strict=True):
             if index in saved["state"]:
                 entry = saved["state"][index]
@@ -93,6 +96,24 @@ def steps_taken(group: Mapping[str, Any], states: Mapping[Any, Mapping[str, Any]
     """Return the steps that an optimizer's group has taken, wherever its kind counts them."""
     counts = [states[index].get("step", 0) for index in group["params"] if index in states]
     return max(int(count) for count in [group.get("step", 0), *counts])
+
+
+def restored_group(
+    live: Mapping[str, Any], *, lr: float, step: int, numbers: Iterable[Any]
+) -> dict[str, Any]:
+    """Return a group of a ``state_dict`` for the optimizer whose own group is ``live``.
+
+    Args:
+        live: of this run's optimizer, whose settings hold.
+        lr: the learning rate saved last.
+        step: steps taken.
+        numbers: what the state calls the group's parameters.
+    """
+    group = {key: copy.copy(value) for key, value in live.items() if key != "params"}
+    group.update(lr=lr, params=list(numbers))
+    if "bias_correction" in live:  # apex's FusedAdam counts in the group, from its first step
+        group["step"] = step
+    return group
 
 
 def _adapted_entry(entry: Mapping[str, Any], step: int, multiple: int) -> dict[str, Any]:
@@ -136,7 +157,8 @@ def _require_same_size(entry: Mapping[str, Any], parameter: torch.Tensor, source
             )
 
 
-def _changed_settings(old: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+def changed_settings(old: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
+    """Return a notice for each setting of a stored group that the configuration changes."""
     return [
         f"optimizer {key}: {_plain(old[key])} in the checkpoint, {_plain(live[key])} in the "
         "configuration, which holds from here on"

@@ -40,7 +40,14 @@ from megatron.checkpoint.stored_layout import (
 from megatron.checkpoint.weights import rank_part, stored_shape
 from megatron.model.settings import ModelSettings
 
-__all__ = ["LossScale", "ParameterStates", "StoredGroup", "open_parameter_states"]
+__all__ = [
+    "LossScale",
+    "ParameterStates",
+    "StoredGroup",
+    "gradient_multiple_notice",
+    "gradient_multiple_of",
+    "open_parameter_states",
+]
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
@@ -271,10 +278,11 @@ def _open_partitioned(stored: StoredCheckpoint, settings: ModelSettings) -> Para
         file, source = content(stage, tensor_rank, data_rank)
         return Partition.of_zero(_zero_state(file, source), source)
 
+    first, source = content(0, 0, 0)
+    multiple = gradient_multiple_of(stored, first.get("ds_config"))
+    state = _zero_state(first, source)
     layouts = [_partitioned_layout(stored, stage, content) for stage in range(stored.num_stages)]
     _require_shapes(stored, layouts, settings)
-    first, source = content(0, 0, 0)
-    state = _zero_state(first, source)
     optimizers = [partition(stage, 0, 0).optimizer for stage in range(stored.num_stages)]
     step = adam_steps(optimizers[0])
     return ParameterStates(
@@ -285,7 +293,7 @@ def _open_partitioned(stored: StoredCheckpoint, settings: ModelSettings) -> Para
         step=step,
         groups=_groups(optimizers, layouts),
         scaler=_scaler(state),
-        gradient_multiple=gradient_multiple_of(stored, first.get("ds_config")),
+        gradient_multiple=multiple,
     )
 
 

@@ -1,5 +1,6 @@
 """Random state of a rank at the start of training."""
 
+import hashlib
 import random
 from contextlib import AbstractContextManager
 
@@ -11,7 +12,13 @@ from megatron.config.topology import RankCoordinates, Topology
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 
-__all__ = ["prepare_random_state", "rank_seed", "tensor_parallel_stream"]
+__all__ = [
+    "prepare_random_state",
+    "rank_seed",
+    "resumed_seed",
+    "seed_resumed_run",
+    "tensor_parallel_stream",
+]
 
 
 def prepare_random_state(groups: ProcessGroups, seed: int, *, partition_activations: bool) -> None:
@@ -34,6 +41,21 @@ def rank_seed(seed: int, topology: Topology, place: RankCoordinates) -> int:
     if not is_inner:
         return seed
     return seed + 1138 + place.pipeline_stage * topology.tensor_parallel_size
+
+
+def seed_resumed_run(groups: ProcessGroups, seed: int, *, step: int) -> None:
+    """Seed this rank where the stored random states are another topology's (design §2, E4)."""
+    _seed_rank(resumed_seed(seed, step=step, stage=groups.place.pipeline_stage))
+
+
+def resumed_seed(seed: int, *, step: int, stage: int) -> int:
+    """Return the 31-bit seed of a stage whose run goes on after ``step`` at another topology.
+
+    Tensor ranks share it, as hidden dropout must be the same on all of them; their own stream is
+    set apart by the tensor rank.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{stage}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
 
 
 def _seed_rank(seed: int) -> None:
