@@ -153,15 +153,17 @@ class StateSlice:
                 found.append((group, chosen))
         return found
 
-    def whole(self, parameter: StageParameter, kind: Kind) -> StreamedTensor:
-        """Return a parameter's value."""
+    def whole(
+        self, parameter: StageParameter, kind: Kind, *, is_leaf: bool = False
+    ) -> StreamedTensor:
+        """Return a parameter's value; ``is_leaf``: as a tensor that gradients are wanted for."""
 
         def pieces() -> Iterator[torch.Tensor]:
             part = self._part(parameter, kind)
             yield part
             self.after_read(part)
 
-        return StreamedTensor(parameter.shape, torch.float32, pieces)
+        return StreamedTensor(parameter.shape, torch.float32, pieces, requires_grad=is_leaf)
 
     def flat(
         self, group: FlatGroup, kind: Kind, data_rank: int, *, padding: int, is_leaf: bool = False
@@ -273,7 +275,8 @@ def replicated_state(state: StateSlice, written: StoredFormat) -> dict[str, Any]
     if written.kind is OptimizerFormat.PLAIN:
         return inner
     masters = [
-        [state.whole(parameter, "master") for parameter in parameters] for _, parameters in named
+        [state.whole(parameter, "master", is_leaf=True) for parameter in parameters]
+        for _, parameters in named
     ]
     return {**written.head, "optimizer_state_dict": inner, "fp32_groups": masters}
 
