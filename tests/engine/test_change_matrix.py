@@ -99,11 +99,7 @@ DIVISIONS = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 1,
     },
-    "DP 2": {
-        "num_gpus": 2,
-        "gradient_accumulation_steps": 1,
-        "no_load_optim": True,  # resharding the optimizer is the checkpoint issue's
-    },
+    "DP 2": {"num_gpus": 2, "gradient_accumulation_steps": 1},
     "two workers": {"num_workers": 2},
 }
 BATCHES = {"a larger batch": (4, 16), "a smaller batch": (1, 4)}
@@ -129,7 +125,7 @@ def test_dividing_a_batch_otherwise_changes_no_sample(
 
 @pytest.mark.matrix
 def test_one_rank_then_two_then_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = split_run(tmp_path, no_load_optim=True)
+    run = split_run(tmp_path)
     run.launch_killed(after=MIDDLE)
     run.launch_killed(after=8, num_gpus=2, gradient_accumulation_steps=1)
     four = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
