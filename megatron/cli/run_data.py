@@ -67,7 +67,7 @@ class RunData:
     plan: ResumePlan
     tokenizer: TokenizerFacts
     streams: Mapping[str, Stream]
-    dtypes: Mapping[str, np.dtype[Any]]  # storage type of every stream that is read
+    layouts: Mapping[str, "_Layout"]  # of every stream that is read
 
     def open_sources(
         self, stack: contextlib.ExitStack, *, vocabulary_rows: int
@@ -108,8 +108,8 @@ class RunData:
         vocabulary_rows: int,
         stop_position: int | None = None,
     ) -> MicroBatchSource | None:
-        dtype = self.dtypes.get(split)
-        if dtype is None:
+        layout = self.layouts.get(split)
+        if layout is None:
             return None
         planned = self.plan.streams[cast(StreamName, split)]
         position = planned.state.next_position
@@ -135,7 +135,8 @@ class RunData:
         batch_format = BatchFormat(
             micro_batch_size=geometry.micro_batch_size,
             seq_length=self.config.model.seq_length,
-            storage_dtype=dtype,
+            storage_dtype=layout.dtype,
+            has_labels=layout.has_labels,
             eod=self.tokenizer.eod,
             eod_mask_loss=self.config.other.eod_mask_loss,
         )
@@ -146,8 +147,24 @@ class RunData:
         return source
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What is read of a stream's samples."""
+
+    dtype: np.dtype[Any]
+    has_labels: bool
+
+    @classmethod
+    def of(cls, stream: Stream) -> "_Layout":
+        if not stream.has_labels:
+            return cls(stream.dtype, has_labels=False)
+        return cls(np.promote_types(stream.dtype, stream.label_dtype), has_labels=True)
+
+
 class _SegmentReader:
-    """Samples by stream position: the segment says where that is in its order."""
+    """Samples by stream position, labels beside the tokens if there are any: the segment says where
+    that is in its order.
+    """
 
     def __init__(self, stream: Stream, segment: Segment) -> None:
         self._stream = stream
@@ -155,7 +172,11 @@ class _SegmentReader:
 
     def read(self, positions: NDArray[np.int64], /) -> NDArray[Any]:
         """Return the samples at stream ``positions``."""
-        return self._stream.read(positions + self._offset)
+        places = positions + self._offset
+        tokens = self._stream.read(places)
+        if not self._stream.has_labels:
+            return tokens
+        return np.stack([tokens, self._stream.read_labels(places)], axis=1)
 
 
 def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) -> RunData:
@@ -184,8 +205,8 @@ def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) ->
         return _open(config, plan, is_builder=False)
 
     streams = together(groups, read)
-    dtypes = groups.from_rank_0({name: stream.dtype for name, stream in streams.items()})
-    return RunData(config, groups, plan, tokenizer, streams, dtypes)
+    layouts = groups.from_rank_0({name: _Layout.of(stream) for name, stream in streams.items()})
+    return RunData(config, groups, plan, tokenizer, streams, layouts)
 
 
 def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str, Stream]:

@@ -15,7 +15,7 @@ __all__ = ["broadcast_tokens", "split_tokens"]
 def broadcast_tokens(
     tokens: NDArray[np.integer] | None,
     *,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: DTypeLike,
     group: distributed.ProcessGroup | None,
     source_rank: int,
@@ -27,7 +27,8 @@ def broadcast_tokens(
 
     Args:
         tokens: the micro batch on the source; ignored, and best None, elsewhere.
-        shape: (micro_batch_size, seq_length + 1).
+        shape: (micro_batch_size, seq_length + 1), or with labels (micro_batch_size, 2,
+            seq_length + 1).
         dtype: the integer type tokens are stored in.
         group: who receives; None or a group of one needs no communication.
         source_rank: global rank of the one that has ``tokens``.
@@ -41,7 +42,8 @@ def broadcast_tokens(
     if distributed.get_rank() == source_rank:
         raw = _bytes_on_device(tokens, shape, dtype, device)
     else:
-        raw = torch.empty((shape[0], shape[1] * dtype.itemsize), dtype=torch.uint8, device=device)
+        in_bytes = (*shape[:-1], shape[-1] * dtype.itemsize)
+        raw = torch.empty(in_bytes, dtype=torch.uint8, device=device)
     distributed.broadcast(raw, src=source_rank, group=group)
     return _to_int64(raw, dtype)
 
@@ -52,7 +54,8 @@ def split_tokens(
     """Return what the model reads, what it must predict, and which predictions count.
 
     Args:
-        tokens: int64, (micro_batch_size, seq_length + 1).
+        tokens: int64, (micro_batch_size, seq_length + 1); with labels (micro_batch_size, 2,
+            seq_length + 1). A label stands where its token does; a negative one isn't learned.
         eod: id of the end-of-document token, if the vocabulary has one.
         eod_mask_loss: predictions made from an end-of-document token do not count.
 
@@ -62,9 +65,14 @@ def split_tokens(
     Raises:
         ValueError: ``eod_mask_loss`` without an ``eod``.
     """
+    targets = tokens
+    if tokens.dim() == 3:
+        tokens, targets = tokens.unbind(1)
     inputs = tokens[:, :-1].contiguous()
-    labels = tokens[:, 1:].contiguous()
+    labels = targets[:, 1:].contiguous()
     counts = labels >= 0
+    if targets is not tokens:
+        labels = labels.clamp_(min=0)  # an id is needed there, whichever
     if eod_mask_loss:
         if eod is None:
             raise ValueError("eod_mask_loss needs a tokenizer with an end-of-document token")
@@ -74,7 +82,7 @@ def split_tokens(
 
 def _bytes_on_device(
     tokens: NDArray[np.integer] | None,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: np.dtype[np.integer],
     device: torch.device,
 ) -> Tensor:

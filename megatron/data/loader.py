@@ -31,16 +31,18 @@ class SampleReader(Protocol):
     """Anything that has samples at positions; `megatron.stream` has the real ones."""
 
     def read(self, positions: NDArray[np.int64], /) -> NDArray[Any]:
-        """Return the samples at ``positions``, shape (len(positions), seq_length + 1)."""
+        """Return the samples at ``positions``, shape (len(positions), seq_length + 1); with labels
+        (len(positions), 2, seq_length + 1), tokens first.
+        """
         ...
 
 
 class MicroBatchLoader:
     """An endless iterator over the micro batches of one data-parallel rank.
 
-    Yields arrays of shape (micro_batch_size, seq_length + 1) in the dataset's own type. They are
-    the caller's; the loader keeps nothing of what it has handed out. No random generator is
-    touched.
+    Yields arrays of shape (micro_batch_size, seq_length + 1), with labels (micro_batch_size, 2,
+    seq_length + 1), in the type the stream reads. They are the caller's; the loader keeps nothing
+    of what it has handed out. No random generator is touched.
 
     Args:
         stream: where samples are read; its ``read`` is called from several threads at once.
@@ -182,9 +184,9 @@ class MicroBatchLoader:
             return None
 
     def _read(self, steps: range) -> NDArray[Any]:
-        # (micro steps, micro_batch_size, seq_length + 1)
         samples = self._stream.read(self._positions(steps))
-        return samples.reshape(len(steps), self._geometry.micro_batch_size, -1)
+        # (micro steps, micro_batch_size, seq_length + 1), or with labels (..., 2, seq_length + 1)
+        return samples.reshape(len(steps), self._geometry.micro_batch_size, *samples.shape[1:])
 
     def _positions(self, steps: range) -> NDArray[np.int64]:
         starts = [

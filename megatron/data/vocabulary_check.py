@@ -33,10 +33,12 @@ class VocabularyCheck:
         """Return the samples at ``positions``.
 
         Raises:
-            DatasetError: a token id is negative or beyond the vocabulary.
+            DatasetError: a token id is negative, or it or a label is beyond the vocabulary.
         """
-        tokens = self._stream.read(positions)
-        largest = int(tokens.max(initial=0))
+        samples = self._stream.read(positions)
+        # Labels may be negative: those aren't learned.
+        tokens = samples[:, 0] if samples.ndim == 3 else samples
+        largest = int(samples.max(initial=0))
         smallest = int(tokens.min(initial=0)) if tokens.dtype.kind == "i" else 0
         if largest >= self._rows or smallest < 0:
             wrong = smallest if smallest < 0 else largest
@@ -44,4 +46,4 @@ class VocabularyCheck:
                 f"{self._source} holds token id {wrong}, but the vocabulary has "
                 f"{self._rows} rows (padded); was it tokenized with another tokenizer?"
             )
-        return tokens
+        return samples

@@ -23,8 +23,17 @@ class BatchFormat:
     micro_batch_size: int
     seq_length: int  # tokens per row of inputs; a sample has one more
     storage_dtype: np.dtype[Any]
+    has_labels: bool  # what is to be predicted is read beside the tokens
     eod: int | None  # the tokenizer's end-of-document id
     eod_mask_loss: bool  # no loss where the input token is the end of a document
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of what is read: tokens, or tokens and labels."""
+        row = (self.seq_length + 1,)
+        return (
+            (self.micro_batch_size, 2, *row) if self.has_labels else (self.micro_batch_size, *row)
+        )
 
 
 class MicroBatchSource:
@@ -60,11 +69,14 @@ class MicroBatchSource:
         layout = self._format
         read = next(self._loader) if self._loader is not None else None
         if read is not None and self.consumed is not None:
-            self.consumed.add(read)
+            if layout.has_labels:
+                self.consumed.add(read[:, 0], [read[:, 1]])
+            else:
+                self.consumed.add(read)
         self.position += layout.micro_batch_size * self._groups.topology.data_parallel_size
         tokens = broadcast_tokens(
             read,
-            shape=(layout.micro_batch_size, layout.seq_length + 1),
+            shape=layout.shape,
             dtype=layout.storage_dtype,
             group=self._groups.tensor if self._groups.topology.tensor_parallel_size > 1 else None,
             source_rank=self._groups.tensor_source,

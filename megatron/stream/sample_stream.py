@@ -79,6 +79,15 @@ class Stream:
         """Whether every sample has labels of its own."""
         return all(order.labels is not None for order in self.orders)
 
+    @property
+    def label_dtype(self) -> np.dtype[Any]:
+        """Return the type of labels; signed, as padding is negative whatever the labels are.
+
+        Raises:
+            ValueError: the samples have no labels.
+        """
+        return np.result_type(*(_label_dtype(order) for order in self.orders))
+
     def locate(self, positions: ArrayLike) -> SampleRefs:
         """Return the samples at ``positions``.
 
@@ -115,14 +124,9 @@ class Stream:
         """
 
         def labels(order: Order) -> tuple[np.dtype[Any], Callable[..., None]]:
-            if order.labels is None:
-                raise ValueError(f"{order.dataset.prefix}: its samples have no labels")
-            # Padding is negative, whatever the labels are.
-            return np.promote_types(order.labels.dtype, np.int8), order.read_labels
+            return _label_dtype(order), order.read_labels
 
-        return self._read(
-            positions, np.result_type(*(labels(order)[0] for order in self.orders)), labels
-        )
+        return self._read(positions, self.label_dtype, labels)
 
     def spans(self, positions: ArrayLike) -> StreamSpans:
         """Return the spans of documents that the samples at ``positions`` are made of."""
@@ -260,6 +264,12 @@ class Stream:
             return [0] * len(documents)
         width = self.seq_length + 1
         return [width - sum(part.stop - part.start for part in parts) for parts in documents]
+
+
+def _label_dtype(order: Order) -> np.dtype[Any]:
+    if order.labels is None:
+        raise ValueError(f"{order.dataset.prefix}: its samples have no labels")
+    return np.promote_types(order.labels.dtype, np.int8)
 
 
 def _in_row_order(parts: list[StreamSpans]) -> StreamSpans:

@@ -81,6 +81,16 @@ def test_defaults_and_agreeing_mirrors_are_not_mentioned():
     assert notices(hysteresis=2, lr=0.001, clip_grad=1.0, batch_size=1) == []
 
 
+def test_labels_are_given_for_all_three_or_for_none():
+    lists = {f"{split}_data_paths": ["t"] for split in ("train", "valid", "test")}
+    labels = {f"{split}_label_data_paths": ["l"] for split in ("train", "valid", "test")}
+    assert notices(data_path=None, **lists, **labels) == []
+    del labels["test_label_data_paths"]
+    said = "train_label_data_paths and valid_label_data_paths given without test_label_data_paths"
+    with pytest.raises(ConfigError, match=said):
+        notices(data_path=None, **lists, **labels)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -89,7 +99,6 @@ def test_defaults_and_agreeing_mirrors_are_not_mentioned():
         ({"activation": "relu"}, "activation=relu (use gelu or swiglu)"),
         ({"attention_config": [[["local"], 2]]}, "(use global or flash instead of local)"),
         ({"optimizer": {"type": "Lion", "params": {}}}, "optimizer={'type': 'Lion', 'params'"),
-        ({"pack_impl": "unpacked"}, "pack_impl=unpacked (use packed)"),
         ({"moe_num_experts": 8}, "moe_num_experts=8 (train a dense model: 1)"),
         ({"use_mup": True}, "use_mup=True (set it to false)"),
         ({"train_impl": "dpo"}, "train_impl=dpo (use normal)"),

@@ -99,6 +99,21 @@ def test_negative_labels_do_not_count():
     assert loss_mask.tolist() == [[0, 1]]
 
 
+def test_labels_beside_the_tokens_are_predicted_where_they_are_not_negative():
+    """Two documents of their own with labels, as NeoX reads them (spec, golden data)."""
+    text = [[4, 5, 0, 6, 0], [1, 2, 3, 0, 4]]
+    label = [[-100, 5, 0, -100, -100], [-100, 2, 3, 0, -100]]
+    samples = np.stack([np.array(text), np.array(label)], axis=1).astype(np.int32)
+    tokens = alone(samples)
+    inputs, labels, loss_mask = split_tokens(tokens, eod=0, eod_mask_loss=False)
+    assert inputs.tolist() == [[4, 5, 0, 6], [1, 2, 3, 0]]
+    assert labels.tolist() == [[5, 0, 0, 0], [2, 3, 0, 0]]
+    assert loss_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    _, _, without_ends = split_tokens(tokens, eod=5, eod_mask_loss=True)
+    assert without_ends.tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
+    assert tokens[:, 1].tolist() == label
+
+
 def test_eod_mask_loss_without_an_end_token_is_refused():
     with pytest.raises(ValueError, match="eod_mask_loss needs a tokenizer with an end-of"):
         split_tokens(torch.tensor([[1, 2]]), eod=None, eod_mask_loss=True)

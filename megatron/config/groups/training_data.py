@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.declare import WORKS, key, only, refused
+from megatron.config.declare import WORKS, key, only
 
 __all__ = ["TrainingData"]
-
-_LABELS = refused("train on the text itself: leave out the label data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +23,20 @@ class TrainingData:
     train_data_paths: list[str] | None = key(None, outcome=WORKS)
     """Training datasets. The three lists are given together or not at all."""
 
-    train_label_data_paths: list[str] | None = key(None, tier=2, outcome=_LABELS)
-    """Label datasets, one per training dataset."""
+    train_label_data_paths: list[str] | None = key(None, tier=2, outcome=WORKS)
+    """Label datasets, one per training dataset: of the same sizes, each label where its token is;
+    a negative one is not learned. Given for training, validation and test, or for none."""
 
     test_data_paths: list[str] | None = key(None, outcome=WORKS)
     """Test datasets."""
 
-    test_label_data_paths: list[str] | None = key(None, tier=2, outcome=_LABELS)
+    test_label_data_paths: list[str] | None = key(None, tier=2, outcome=WORKS)
     """Label datasets, one per test dataset."""
 
     valid_data_paths: list[str] | None = key(None, outcome=WORKS)
     """Validation datasets."""
 
-    valid_label_data_paths: list[str] | None = key(None, tier=2, outcome=_LABELS)
+    valid_label_data_paths: list[str] | None = key(None, tier=2, outcome=WORKS)
     """Label datasets, one per validation dataset."""
 
     train_data_weights: list[float] | None = key(None, outcome=WORKS)
@@ -62,7 +61,7 @@ class TrainingData:
     """Format of the datasets: memory-mapped, or looked up in the file's first bytes."""
 
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] | None = key(
-        "packed", tier=2, outcome=only("packed", advice="use packed")
+        "packed", tier=2, outcome=WORKS
     )
     """How documents become samples: ``packed`` cuts their concatenation into equal pieces,
     ``pack_until_overflow`` keeps documents whole and pads, ``unpacked`` gives each its own."""
