@@ -23,14 +23,16 @@ from pathlib import Path
 
 from megatron.base.errors import CheckpointError
 from megatron.base.processes import ProcessIdentity
+from megatron.base.regular_files import read_small_text
 
-__all__ = ["is_being_read", "reading"]
+__all__ = ["is_being_read", "reading", "remove_dead_marks"]
 
 logger = logging.getLogger(__name__)
 
 _PREFIX, _SUFFIX = ".reading-", ".json"
 _TOUCH_INTERVAL_S = 60.0
 _AGE_LIMIT_S = 600.0
+_MARK_BYTES = 1000  # at most; a few names and numbers
 
 
 @contextmanager
@@ -71,21 +73,27 @@ def is_being_read(checkpoint: Path) -> bool:
     Raises:
         OSError: the directory cannot be read.
     """
-    save = checkpoint.parent
-    # Names are compared in full: global_step1 is not global_step10.
-    marks = [
-        mark
-        for mark in save.glob(f"{_PREFIX}*{_SUFFIX}")
-        if mark.name.removeprefix(_PREFIX).rpartition("-")[0] == checkpoint.name
-    ]
+    return checkpoint.name in remove_dead_marks(checkpoint.parent)
+
+
+def remove_dead_marks(save: Path) -> set[str]:
+    """Remove the marks of processes that are gone; return the names of what the others read.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    marks = list(save.glob(f"{_PREFIX}*{_SUFFIX}"))
     if not marks:
-        return False
+        return set()
     now = _file_system_time(save)
-    alive = [mark for mark in marks if _counts(mark, now)]
-    for mark in set(marks) - set(alive):
-        with contextlib.suppress(OSError):
-            mark.unlink()
-    return bool(alive)
+    being_read = set()
+    for mark in marks:
+        if _counts(mark, now):
+            being_read.add(mark.name.removeprefix(_PREFIX).rpartition("-")[0])
+        else:
+            with contextlib.suppress(OSError):
+                mark.unlink()
+    return being_read
 
 
 def _leave(mark: Path) -> bool:
@@ -114,13 +122,14 @@ def _touch(mark: Path, stop: threading.Event) -> None:
 
 def _counts(mark: Path, now: float) -> bool:
     try:
-        age = now - mark.stat().st_mtime
-        reader = ProcessIdentity(**json.loads(mark.read_text()))
+        age = now - mark.lstat().st_mtime
+    except OSError:
+        return False  # its reader has just finished
+    try:
+        reader = ProcessIdentity(**json.loads(read_small_text(mark, limit_bytes=_MARK_BYTES)))
         if reader.is_dead_here():
             return False
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, TypeError):
+    except (CheckpointError, ValueError, TypeError):
         pass  # being written, or of another release: its age decides
     return age < _AGE_LIMIT_S
 
