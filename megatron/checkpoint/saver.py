@@ -26,6 +26,7 @@ from megatron.checkpoint.agreement import Gather, all_or_none, require_agreement
 from megatron.checkpoint.free_space import require_free_space
 from megatron.checkpoint.hashed_file import write_torch_file
 from megatron.checkpoint.recovery_scripts import place_recovery_scripts
+from megatron.checkpoint.remote_copy import copy_checkpoint
 from megatron.checkpoint.rng import capture_rng_states
 from megatron.checkpoint.save_settings import SaveSettings, own_texts
 from megatron.checkpoint.snapshot import Snapshot, SnapshotBuffers, take_snapshot
@@ -319,14 +320,13 @@ class Saver:
                 settings.directory, settings.keep_last_n, manifest, may_write=self.may_write
             )
         if settings.s3_path is not None:
-            from megatron.checkpoint.remote_copy import copy_checkpoint
-
             copy_checkpoint(
                 checkpoint_path(settings.directory, flight.step),
                 manifest,
                 settings.s3_path,
                 settings.directory.resolve().name,
                 settings.s3_chunk_size,
+                is_cancelled=flight.cancelled.is_set,
             )
 
 

@@ -39,6 +39,8 @@ SCHEDULE = {
     "eval_interval": 6,
     "eval_iters": 1,
     "zero_optimization": {"stage": 0},
+    # These runs are about what is read after a kill: a save is over before the next step.
+    "async_save": False,
 }
 
 
