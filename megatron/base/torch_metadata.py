@@ -47,7 +47,8 @@ class TorchFile:
 
     path: Path
     content: Any  # tensors, arrays and DeepSpeed's objects are stand-ins
-    storages: Mapping[str, Storage]
+    storages: Mapping[str, Storage]  # by key
+    starts: Mapping[str, int]  # of each storage's bytes in the file, by key
     parts: Mapping[str, Part] | None  # None: written before torch 1.6
 
     @property
@@ -135,6 +136,7 @@ def _zip_content(path: Path, file: BufferedReader) -> TorchFile:
     content = read_data_pickle(stream, storages)
     if stream.read(1):
         raise ValueError("something follows its pickle")
+    starts: dict[str, int] = {}
     for storage in storages.values():
         part = parts.get(f"{folder}/data/{storage.key}")
         if part is None:
@@ -144,7 +146,8 @@ def _zip_content(path: Path, file: BufferedReader) -> TorchFile:
                 f"part {part.name} has {part.size} bytes where {storage.numel} of "
                 f"{storage.dtype} need {storage.size_bytes}"
             )
-    return TorchFile(path, content, storages, parts)
+        starts[storage.key] = part.start
+    return TorchFile(path, content, storages, starts, parts)
 
 
 def _legacy_content(path: Path, file: BufferedReader) -> TorchFile:
@@ -160,9 +163,11 @@ def _legacy_content(path: Path, file: BufferedReader) -> TorchFile:
         raise ValueError("it was written on a big-endian machine")
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise ValueError("its list of storages is not that of its tensors")
-    # Before the bytes of every storage stands how many elements it has.
-    expected = stream.tell() + sum(8 + storages[key].size_bytes for key in keys)
-    size = _size(file)
-    if size != expected:
-        raise ValueError(f"its tensors need {expected} bytes in all")
-    return TorchFile(path, content, storages, None)
+    starts: dict[str, int] = {}
+    end = stream.tell()
+    for key in keys:
+        starts[key] = end + 8  # behind the number of its elements
+        end = starts[key] + storages[key].size_bytes
+    if _size(file) != end:
+        raise ValueError(f"its tensors need {end} bytes in all")
+    return TorchFile(path, content, storages, starts, None)

@@ -1,17 +1,12 @@
-"""The values in a checkpoint's torch files: are all of them numbers?"""
+"""The values in a checkpoint's torch files: are all of them numbers? No torch."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megatron.base.errors import CheckpointError
-from megatron.checkpoint.safe_torch import read_torch_file
+from megatron.checkpoint.mapped_tensors import MappedFile, count_not_finite, tensors_in
 
-__all__ = ["named_tensors", "value_problems"]
-
-_CHUNK = 1 << 22  # elements looked at at once: memory is bounded whatever the tensor's size
+__all__ = ["value_problems"]
 
 
 def value_problems(checkpoint: Path, names: Iterable[str]) -> list[str]:
@@ -27,34 +22,14 @@ def value_problems(checkpoint: Path, names: Iterable[str]) -> list[str]:
     problems = []
     for name in names:
         try:
-            content = read_torch_file(checkpoint / name, is_verified=True)
+            file = MappedFile(checkpoint / name)
         except CheckpointError as error:
             problems.append(str(error).replace(f"{checkpoint}/", "", 1))
             continue
-        for path, tensor in named_tensors(content):
-            if tensor.is_floating_point() and (found := _not_numbers(tensor)):
-                problems.append(f"{name}: {path} holds {found}")
+        for path, tensor in tensors_in(file.content):
+            nans, infinities = count_not_finite(file.array(tensor), tensor.dtype)
+            found = [f"{nans} NaN"] * bool(nans)
+            found += [f"{infinities} infinite values"] * bool(infinities)
+            if found:
+                problems.append(f"{name}: {path} holds {' and '.join(found)}")
     return problems
-
-
-def named_tensors(content: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor in nested containers, with the keys that lead to it joined by dots."""
-    if isinstance(content, torch.Tensor):
-        yield path, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from named_tensors(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            yield from named_tensors(value, f"{path}.{index}" if path else str(index))
-
-
-def _not_numbers(tensor: torch.Tensor) -> str | None:
-    nans = infinities = 0
-    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        if not torch.isfinite(chunk).all():
-            nans += int(torch.isnan(chunk).sum())
-            infinities += int(torch.isinf(chunk).sum())
-    found = [f"{nans} NaN"] * bool(nans)
-    found += [f"{infinities} infinities" if infinities > 1 else "1 infinity"] * bool(infinities)
-    return " and ".join(found) or None

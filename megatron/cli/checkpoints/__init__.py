@@ -1,0 +1,1 @@
+"""The commands behind ``tools/ckpts/verify.py`` and ``tools/ckpts/inspect_checkpoints.py``."""
