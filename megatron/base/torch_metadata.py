@@ -22,6 +22,7 @@ from megatron.base.data_pickle import (
     read_data_pickle,
 )
 from megatron.base.errors import CheckpointError
+from megatron.base.printing import printable
 from megatron.base.regular_files import open_regular
 from megatron.base.zip_parts import ZIP_MAGIC, Part, checksum_matches, read_part, read_parts
 
@@ -85,13 +86,13 @@ def inspect_torch_file(path: Path) -> TorchFile:
                 return _legacy_content(path, file)
         except ForbiddenNameError as error:
             raise CheckpointError(
-                f"{path} is refused: {error}, which no checkpoint needs and which may run code. "
-                "Nothing was run. Get the file from a source you trust"
+                f"{path} is refused: {printable(str(error))}, which no checkpoint needs and which "
+                "may run code. Nothing was run. Get the file from a source you trust"
             ) from error
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 f"{path} ({_size(file)} bytes) cannot be read; it is truncated, damaged, or not a "
-                f"checkpoint file: {error}"
+                f"checkpoint file: {printable(str(error))}"
             ) from error
         raise CheckpointError(
             f"{path} ({_size(file)} bytes) cannot be read; it is truncated, damaged, or not a "

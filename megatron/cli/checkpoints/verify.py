@@ -6,18 +6,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.base.errors import CheckpointError, MegatronError
+from megatron.base.errors import CheckpointError
+from megatron.base.printing import printable
 from megatron.checkpoint.neighbours import Fingerprint, fingerprint, likenesses
 from megatron.checkpoint.verification import Verdict, verify_checkpoint
 from megatron.cli.checkpoints.found import Found, find_checkpoints
+from megatron.cli.checkpoints.tool import CANNOT_TELL, run_tool
 from megatron.cli.ledger.options import add_json_option
-from megatron.cli.ledger.output import counted, note, number, print_json, say
+from megatron.cli.ledger.output import counted, number, print_json, say
 from megatron.cli.ledger.progress import progress
 from megatron.ledger.readers import reading
 
 __all__ = ["main"]
 
-GOOD, BAD, CANNOT_TELL = 0, 1, 2
+GOOD, BAD = 0, 1
 _NAMED = 20  # problems of one checkpoint that are printed
 
 _EPILOG = """What is checked: every file is there, holds data alone (nothing in it is run), and has
@@ -41,11 +43,11 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify what ``argv`` (None: the process's own) names and return the exit status."""
     options = _parser().parse_args(argv)
-    try:
-        found = find_checkpoints(options.directory)
-    except (MegatronError, OSError) as error:
-        note(f"verify: {error}")
-        return CANNOT_TELL
+    return run_tool("verify", lambda: _verify(options))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    found = find_checkpoints(options.directory)
     verdicts = _verified(found, needs_optimizer=not options.weights_only)
     together = _compared(verdicts) if options.deep else ([], [])
     problems, unknown = [*found.problems, *together[0]], together[1]
@@ -151,11 +153,11 @@ def _print_lines(
     notes: Iterable[str], problems: Sequence[str], unknown: Iterable[str], *, indent: str
 ) -> None:
     for line in notes:
-        say(f"{indent}note     {line}")
+        say(f"{indent}note     {printable(line)}")
     for line in unknown:
-        say(f"{indent}unknown  {line}")
+        say(f"{indent}unknown  {printable(line)}")
     for line in problems[:_NAMED]:
-        say(f"{indent}PROBLEM  {line}")
+        say(f"{indent}PROBLEM  {printable(line)}")
     if len(problems) > _NAMED:
         say(f"{indent}         and {len(problems) - _NAMED} more")
 
