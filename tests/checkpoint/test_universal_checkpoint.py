@@ -97,15 +97,20 @@ def load_ours(settings: TinySettings, context: Any) -> dict[str, np.ndarray]:
 
 
 def load_theirs(settings: TinySettings, context: Any) -> dict[str, np.ndarray]:
+    use_universal()
+    run = TinyRun(context, settings)
+    path, _ = run.engine.load_checkpoint(str(context.tmp_path / "theirs"), tag="universal")
+    assert path is not None
+    return held(run)
+
+
+def use_universal() -> None:
+    """Have this process's engines load universal checkpoints from now on."""
     plain = tiny_run.deepspeed_settings
     tiny_run.deepspeed_settings = lambda *values, **named: {
         **plain(*values, **named),
         "checkpoint": {"load_universal": True},
     }
-    run = TinyRun(context, settings)
-    path, _ = run.engine.load_checkpoint(str(context.tmp_path / "theirs"), tag="universal")
-    assert path is not None
-    return held(run)
 
 
 def held(run: TinyRun) -> dict[str, np.ndarray]:
