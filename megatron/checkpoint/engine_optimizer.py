@@ -2,7 +2,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.compatibility import WEIGHTS_ALONE, LoadSettings, model_rank
+from megatron.checkpoint.live_optimizer import live_masters
 from megatron.checkpoint.optimizer_state import adapt_optimizer_state
 from megatron.checkpoint.stored import StoredCheckpoint, zero_file
-from megatron.checkpoint.weights import numbered_layers
+from megatron.checkpoint.weights import numbered_layers, unused_copies
 
 __all__ = [
     "adapt_engine_state",
@@ -150,8 +152,18 @@ def require_matching_masters(engine: Any, directory: Path) -> None:
     Raises:
         CheckpointError: they are not, so that the files come from different saves.
     """
-    for weights, masters in _weights_and_masters(engine.optimizer):
-        require_rounded(masters.detach(), weights.detach(), directory=directory)
+    unused = unused_copies(engine.module)
+    for master in itertools.chain.from_iterable(live_masters(engine)):
+        values = master.tensor.detach().view(-1)
+        for fragment in master.fragments:
+            if id(fragment.parameter) in unused:
+                continue
+            weights = fragment.parameter.detach().view(-1)
+            require_rounded(
+                values[fragment.offset : fragment.offset + fragment.size],
+                weights[fragment.start : fragment.start + fragment.size],
+                directory=directory,
+            )
 
 
 def require_rounded(masters: torch.Tensor, weights: torch.Tensor, *, directory: Path) -> None:
@@ -167,26 +179,3 @@ def require_rounded(masters: torch.Tensor, weights: torch.Tensor, *, directory: 
             "and optimizer files come from different saves; load another checkpoint, or "
             f"{WEIGHTS_ALONE}"
         )
-
-
-def _weights_and_masters(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the weights and fp32 copies that this rank updates; fp32 without ZeRO has no copies."""
-    if hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO 1 and 2
-        weights, masters = (
-            optimizer.parallel_partitioned_bit16_groups,
-            optimizer.single_partition_of_fp32_groups,
-        )
-    elif hasattr(optimizer, "bf16_partitioned_groups"):
-        weights, masters = optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition
-    elif hasattr(optimizer, "fp32_groups_flat"):  # fp16 with NVIDIA's fused optimizer
-        yield from zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True)
-        return
-    elif hasattr(optimizer, "fp32_groups"):  # fp16 with torch's
-        for halves, fulls in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            yield from zip(halves, fulls, strict=True)
-        return
-    else:
-        return
-    groups = optimizer.real_dp_process_group
-    for partitions, master, group in zip(weights, masters, groups, strict=True):
-        yield partitions[torch.distributed.get_rank(group=group)], master

@@ -15,10 +15,18 @@ from torch import nn
 
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.stored import StoredCheckpoint
+from megatron.model.layer_plan import TIED_WEIGHT
 from megatron.model.settings import ModelSettings
 from megatron.model.tp_layout import tensor_split
 
-__all__ = ["copy_weights", "numbered_layers", "rank_part", "read_weights", "stored_shape"]
+__all__ = [
+    "copy_weights",
+    "numbered_layers",
+    "rank_part",
+    "read_weights",
+    "stored_shape",
+    "unused_copies",
+]
 
 LayerWeights = dict[int, dict[str, torch.Tensor]]
 """Layer number -> tensor name -> this rank's part."""
@@ -47,6 +55,22 @@ def numbered_layers(module: nn.Module) -> dict[int, nn.Module]:
             layers.pop(index, None)
         layers[places[0]] = tied
     return layers
+
+
+def unused_copies(module: nn.Module) -> set[int]:
+    """Return the ids of parameters that stand in a tied layer's copy and take no part there.
+
+    The last stage has the whole embedding layer to share its matrix; learned positions come along
+    and are decayed, but nothing uses them and no file holds them.
+    """
+    if not isinstance(module, PipelineModule):
+        return set()
+    return {
+        id(parameter)
+        for tied in module.tied_modules.values()
+        for name, parameter in tied.named_parameters()
+        if getattr(parameter, "ds_pipe_replicated", False) and name != TIED_WEIGHT
+    }
 
 
 def read_weights(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch._utils import _unflatten_dense_tensors
 
-from megatron.checkpoint.weights import numbered_layers
+from megatron.checkpoint.weights import numbered_layers, unused_copies
 from megatron.config.topology import Topology
 from megatron.model.tp_layout import merge
 from tests.checkpoint.tiny_run import TinyRun, TinySettings, as_batch
@@ -75,7 +75,8 @@ def _collected(results: list[Any], settings: TinySettings) -> dict[str, Any]:
     return {
         "tensors": whole_tensors([result[0] for result in results], settings),
         "states": [result[1] for result in results],
-        "losses": results[0][2],
+        # A pipeline's ranks all know the mean, a sequential module's each their own loss.
+        "losses": np.mean([result[2] for result in results], axis=0).tolist(),
         "loaded": [result[3] for result in results if len(result) > 3],
     }
 
@@ -113,6 +114,7 @@ def _batches(run: TinyRun) -> Any:
 
 def _tensors(run: TinyRun) -> Tensors:
     """Return this rank's weights and optimizer state, whole vectors taken apart by torch."""
+    unused = unused_copies(run.module)
     names = {
         id(parameter): (layer, name)
         for layer, module in numbered_layers(run.module).items()
@@ -122,6 +124,8 @@ def _tensors(run: TinyRun) -> Tensors:
     for parameters, states in _optimizer_groups(run.engine):
         for index, parameter in enumerate(parameters):
             layer, name = names.pop(id(parameter))
+            if id(parameter) in unused:
+                continue
             tensors["weight", layer, name] = parameter.detach().float().numpy().copy()
             for kind, values in states.items():
                 tensors[kind, layer, name] = values[index].detach().numpy().copy()

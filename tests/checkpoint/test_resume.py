@@ -28,6 +28,9 @@ MATRIX = {
     "bf16, ZeRO 0, no pipeline": TinySettings(
         Topology(1, 1, 1, **SEQUENTIAL), zero_stage=0, **BF16
     ),
+    "pipeline 2, tied, learned positions": TinySettings(
+        Topology(2, 1, 1), tied=True, overrides={"pos_emb": "learned", "rotary_dims": 0}
+    ),
     "fp16": TinySettings(Topology(1, 1, 1), precision="fp16", dropout=0.1),
     "fp16, ZeRO 0": TinySettings(Topology(2, 1, 1), precision="fp16", zero_stage=0),
 }
