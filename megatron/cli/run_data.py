@@ -79,14 +79,33 @@ class RunData:
             vocabulary_rows: token ids must be below this (padded) number.
         """
         source = functools.partial(self._source, stack=stack, vocabulary_rows=vocabulary_rows)
-        plan = self.plan
-        segment = plan.train.state.segments.at_step(plan.next_step)
-        end = segment.positions(max(plan.train_iters, plan.next_step)).stop
         return {
-            "train": source("train", self.config.geometry, stop_position=end),
+            "train": source("train", self.config.geometry, stop_position=self.train_end),
             "valid": source("valid", self._evaluation_geometry),
             "test": source("test", self._evaluation_geometry),
         }
+
+    @property
+    def train_end(self) -> int:
+        """Position at which the training stream is left when ``train_iters`` steps are done."""
+        return self._train_segment.positions(max(self.plan.train_iters, self.plan.next_step)).stop
+
+    def train_tokens(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Return samples of the training stream without labels; nothing is consumed.
+
+        Call it on a rank that reads, such as rank 0.
+        """
+        samples = _SegmentReader(self.streams["train"], self._train_segment).read(positions)
+        return samples[:, 0] if self.layouts["train"].has_labels else samples
+
+    def has_read_before(self, position: int) -> bool:
+        """Whether ``position`` is read now as it was before this launch: from the same order."""
+        segment = self._train_segment
+        return segment.first_step < self.plan.next_step and segment.first_position <= position
+
+    @property
+    def _train_segment(self) -> Segment:
+        return self.plan.train.state.segments.at_step(self.plan.next_step)
 
     @property
     def _evaluation_geometry(self) -> BatchGeometry:

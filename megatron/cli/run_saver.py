@@ -1,6 +1,6 @@
 """How a run saves: its keys, put together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def open_saver(
     facts: StoredFacts,
     model_arguments: Mapping[str, Any],
     lease: Lease | None,
+    more_state: Callable[[], dict[str, Any]] = dict,
 ) -> RunSaver:
     """Return what writes the checkpoints of a run that is saved.
 
@@ -37,6 +38,7 @@ def open_saver(
         facts: what the run fixed about its model, and the size its files are written at.
         model_arguments: the eight values NeoX compares on load.
         lease: on rank 0, that on ``save``.
+        more_state: more for this rank's model-states file, worked out right before a save.
     """
     training = config.training
     settings = SaveSettings(
@@ -66,6 +68,7 @@ def open_saver(
         journal,
         goes_on_without=config.ledger.on_save_error == "continue",
         say=print_rank_0,
+        more_state=more_state,
     )
 
 

@@ -46,7 +46,11 @@ class ForwardCheck:
     micro_batch_size: int  # samples the engine takes at a time
     seq_length: int  # tokens the model sees
     vocabulary_size: int  # entries of the pinned vocabulary
-    precision: torch.dtype  # of the weights
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.engine.module.parameters()).dtype
 
     def state(self, position: int, tokens: NDArray[np.integer[Any]] | None) -> dict[str, Any]:
         """Return what this rank's model-states file keeps: nothing before the last stage.
