@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from megatron.base.errors import CheckpointError
+from megatron.base.regular_files import read_small_text
 from megatron.checkpoint.safe_torch import read_torch_file
 from megatron.ledger.run_directory import step_of
 from megatron.model.facts import ModelFacts
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 LEDGER_FILE = "ledger.json"
+_TEXT_LIMIT = 1 << 26
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _MODEL_STATES_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _SCATTERED_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
@@ -98,7 +100,7 @@ class StoredCheckpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a directory")
         self.directory = directory
-        self._reading = {"is_verified": True} if is_verified else {}
+        self._is_verified = is_verified
         names = [entry.name for entry in directory.iterdir()]
         self.layers: dict[int, list[int]] = {}  # layer -> tensor ranks whose file exists
         for match in filter(None, map(_LAYER_FILE.fullmatch, names)):
@@ -285,7 +287,7 @@ class StoredCheckpoint:
 
     def _open(self, name: str) -> dict[str, Any]:
         if name not in self._opened:
-            content = read_torch_file(self.directory / name, **self._reading)
+            content = read_torch_file(self.directory / name, is_verified=self._is_verified)
             if not isinstance(content, Mapping):
                 raise CheckpointError(
                     f"{self.directory / name} holds a {type(content).__name__}, not a dictionary"
@@ -294,7 +296,9 @@ class StoredCheckpoint:
         return self._opened[name]
 
 
-def read_model_facts(directory: Path, *, gpt_j_residual: bool) -> StoredFacts:
+def read_model_facts(
+    directory: Path, *, gpt_j_residual: bool, is_verified: bool = False
+) -> StoredFacts:
     """Return the facts that every run loading ``directory`` takes over (design §5).
 
     Ours are in ``ledger.json``. NeoX's follow from the arguments it stores, and for layer files
@@ -303,11 +307,12 @@ def read_model_facts(directory: Path, *, gpt_j_residual: bool) -> StoredFacts:
     Args:
         directory: a ``global_stepN``.
         gpt_j_residual: whether the model adds replicated biases once per tensor rank in NeoX.
+        is_verified: its files' digests or checksums were just checked.
 
     Raises:
         CheckpointError: the directory does not tell.
     """
-    stored = StoredCheckpoint(directory)
+    stored = StoredCheckpoint(directory, is_verified=is_verified)
     if stored.is_ours:
         return _read_ledger(directory)
     size = stored.tensor_parallel_size
@@ -325,12 +330,12 @@ def read_model_facts(directory: Path, *, gpt_j_residual: bool) -> StoredFacts:
 def _read_ledger(directory: Path) -> StoredFacts:
     path = directory / LEDGER_FILE
     try:
-        model = json.loads(path.read_text())["model"]
+        model = json.loads(read_small_text(path, limit_bytes=_TEXT_LIMIT))["model"]
         return StoredFacts(
             ModelFacts(int(model["padded_vocab_size"]), int(model["tp_bias_multiplicity"])),
             int(model["tensor_parallel_size"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not say the model's facts ({type(error).__name__}: {error}); it was "
             "damaged or edited, and a wrong guess would train another model"
@@ -339,8 +344,8 @@ def _read_ledger(directory: Path) -> StoredFacts:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = yaml.safe_load(read_small_text(path, limit_bytes=_TEXT_LIMIT))
+    except (CheckpointError, yaml.YAMLError):
         return {}
     return content if isinstance(content, Mapping) else {}
 
