@@ -1,8 +1,11 @@
 """A checkpoint rewritten offline is the one that a run at the new topology would have written."""
 
 import dataclasses
+import itertools
 import json
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megatron.base.errors import CheckpointError, ConfigError
 from megatron.checkpoint.parameter_state import open_parameter_states
+from megatron.checkpoint.reshape import offline
 from megatron.checkpoint.reshape.offline import (
     ReshapeSettings,
     find_checkpoint,
@@ -24,7 +28,7 @@ from megatron.checkpoint.structure import structural_problems
 from megatron.config.topology import Topology
 from megatron.ledger.manifest import digest_problems, quick_problems, read_manifest
 from tests.checkpoint.tiny_run import TinyRun, TinySettings, as_batch
-from tests.worlds import run_ranks
+from tests.worlds import WorldFailed, run_ranks
 
 ONE = Topology(1, 1, 1)
 SEQUENTIAL = Topology(1, 1, 1, uses_pipeline_engine=False)
@@ -293,3 +297,43 @@ def test_random_states_are_left_out_and_the_writer_is_named(trained, tmp_path):
     assert ledger["model"]["tensor_parallel_size"] == 1
     assert ledger["model"]["tp_bias_multiplicity"] == 2
     assert (result.checkpoint.parent / "latest").read_text() == "global_step2"
+
+
+@pytest.mark.parametrize("files_written", [0, 3, 12])
+def test_a_killed_reshape_leaves_no_destination_and_can_be_repeated(
+    files_written, trained, tmp_path
+):
+    settings, topology = SOURCES["one rank"], Topology(1, 1, 2)
+    source = trained(settings)
+
+    def killed(context):
+        write, count = offline.write_streamed_file, itertools.count()
+
+        def write_or_die(*values):
+            if next(count) == files_written:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(*values)
+
+        offline.write_streamed_file = write_or_die
+        reshaped(source, tmp_path / "reshaped", settings, topology)
+
+    with pytest.raises(WorldFailed, match="killed by a signal"):
+        run_ranks(killed, 1, tmp_path)
+    assert not (tmp_path / "reshaped").exists()
+    checkpoint = reshaped(source, tmp_path / "reshaped", settings, topology)
+    assert structural_problems(checkpoint) == []
+
+
+def test_a_disk_that_refuses_is_named_and_nothing_is_left(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(offline, "write_latest", full)
+    with pytest.raises(CheckpointError, match=r"reshaped could not be written: .*No space left"):
+        reshaped(
+            trained(SOURCES["one rank"]),
+            tmp_path / "reshaped",
+            SOURCES["one rank"],
+            Topology(1, 1, 2),
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import torch
 __all__ = ["MappedPages"]
 
 _MADV_DONTNEED = 4
-_LIMIT_BYTES = 32 << 20
+_LIMIT_BYTES = 8 << 20
 
 
 class MappedPages:
