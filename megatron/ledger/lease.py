@@ -149,8 +149,7 @@ class Lease:
 
     def still_held(self) -> bool:
         """Whether ``lock.json`` names this holding; it is read anew."""
-        other = _read(self.path)
-        return other is not None and other.token == self.holder.token
+        return _is_held_by(self.path, self.holder.token)
 
     def require_held(self) -> None:
         """Find out that somebody else has taken the directory over.
@@ -307,9 +306,10 @@ def _take(save: Path, holder: LeaseHolder, observer: _Observer) -> int | None:
             is_taken = _replace(prepared, save, observer.first, observer)
         if is_taken:
             fsync_directory(save)
-            reach("lease: taken")
+            reach("lease: lock replaced")
+            is_taken = _is_held_by(save / _NAME, holder.token)  # this may have taken long
     except FileNotFoundError:
-        pass  # we were slow, or paused, and another taker took this home away
+        is_taken = False  # we were slow, or paused, and another taker took this home away
     finally:
         if not is_taken:
             if descriptor >= 0:
@@ -317,10 +317,14 @@ def _take(save: Path, holder: LeaseHolder, observer: _Observer) -> int | None:
             shutil.rmtree(home, ignore_errors=True)
     if not is_taken:
         return None
-    # Former holders, takers that were killed; a taker at work makes itself another home.
-    for other in (*save.glob(f"{_HOME}*"), *home.iterdir()):
+    reach("lease: taken")
+    # Former holders, takers that were killed; a taker at work makes itself another home. A holder
+    # that is no longer one finds its own moved away, and moves none.
+    for other in save.glob(f"{_HOME}*"):
         if other != home:
-            shutil.rmtree(other, ignore_errors=True)
+            _move(other, home)
+    for former in home.glob(f"{_HOME}*"):
+        shutil.rmtree(former, ignore_errors=True)
     return descriptor
 
 
@@ -347,7 +351,6 @@ def _replace(prepared: Path, save: Path, former: _Sight, observer: _Observer) ->
     home = prepared.parent
     if not _claim(save, former.token, home, observer):
         return False
-    reach("lease: former holder's home moved")
     sight = _read(save / _NAME)
     if sight is None or sight.text != former.text:
         # It lives after all, was released, or its successor was here and is done.
@@ -355,6 +358,7 @@ def _replace(prepared: Path, save: Path, former: _Sight, observer: _Observer) ->
             with contextlib.suppress(OSError):
                 claimed.rename(save / claimed.name)
         return False
+    reach("lease: former holder's home moved")
     prepared.rename(save / _NAME)
     return True
 
@@ -366,6 +370,8 @@ def _claim(save: Path, token: str, home: Path, observer: _Observer) -> bool:
         return True
     claims = list(save.glob(f"{_HOME}*/{former.name}"))
     if not claims:
+        if not _is_held_by(save / _NAME, token):
+            return False  # a successor is done with it
         # It never had one, or somebody tidied up.
         with contextlib.suppress(FileExistsError):
             former.mkdir()
@@ -389,6 +395,11 @@ def _move(directory: Path, into: Path) -> bool:
 
 def _home(save: Path, token: str) -> Path:
     return save / f"{_HOME}{token}"
+
+
+def _is_held_by(path: Path, token: str) -> bool:
+    sight = _read(path)
+    return sight is not None and sight.token == token
 
 
 def _read(path: Path) -> _Sight | None:

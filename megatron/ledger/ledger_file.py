@@ -6,6 +6,7 @@ kept no ledger yet; such a checkpoint is treated like one of NeoX's.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import CheckpointError, MegatronError
+from megatron.base.regular_files import read_small_text
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.ledger.instructions import Instruction
 from megatron.stream.order_description import OrderDescription
@@ -42,8 +44,10 @@ __all__ = [
 ]
 
 LEDGER_FILE = "ledger.json"
+_LIMIT_BYTES = 1 << 28
 FORMAT = 1
 """Raised when a reader of the old format would misunderstand the new one."""
+_LIMIT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +232,9 @@ def read_ledger(checkpoint: Path) -> Ledger | None:
         CheckpointError: it was damaged, edited, or written by a newer release.
     """
     path = checkpoint / LEDGER_FILE
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    text = read_small_text(path, limit_bytes=_LIMIT_BYTES)
     try:
         values = json.loads(text)
         if set(values) == {"model"}:
@@ -241,7 +242,7 @@ def read_ledger(checkpoint: Path) -> Ledger | None:
         return ledger_from_json(values)
     except MegatronError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a ledger ({type(error).__name__}: {error}); it was damaged or edited. "
             "Load another checkpoint, or restore that file"

@@ -16,6 +16,7 @@ from typing import Any
 from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import CheckpointError
 from megatron.base.file_digests import FileDigest, digest_file
+from megatron.base.regular_files import read_small_text
 
 __all__ = [
     "MANIFEST_FILE",
@@ -34,6 +35,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 """Raised when a reader of the old format would misunderstand the new one."""
 
+_LIMIT_BYTES = 1 << 28  # a million files
+_LIMIT_BYTES = 1 << 28  # a million files, and more
 _PLACE = ("sequence", "step", "run_id", "attempt", "parent")
 _TENSOR_SUFFIXES = (".pt", ".pth", ".safetensors")
 
@@ -69,12 +72,9 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
             outside of the checkpoint.
     """
     path = checkpoint / MANIFEST_FILE
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    text = read_small_text(path, limit_bytes=_LIMIT_BYTES)
     try:
         return _from_json(json.loads(text))
     except CheckpointError as error:
