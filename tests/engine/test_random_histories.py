@@ -139,7 +139,6 @@ class History:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation // ranks,
             "num_gpus": ranks,
-            "no_load_optim": True,  # resharding the optimizer is the checkpoint issue's
             "train_iters": settings.train_iters,
             "eval_interval": settings.eval_interval,
             "eval_iters": settings.eval_iters,
