@@ -7,7 +7,8 @@
     redone_   │            ├─ attempts/NNNN.json  ──┤
     steps ────┘            └─ global_stepN/         │
                               ledger.json ──────────┘
-    before:  run_directory, save_lock, instructions, planning
+    before:  lease, run_directory, checkpoint_choice, instructions, planning
+    saving:  commit, manifest, retention
     after:   queries
 
 ``ledger_file`` holds the values that all of them pass around, ``chain`` the arithmetic that makes

@@ -35,7 +35,6 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 """Raised when a reader of the old format would misunderstand the new one."""
 
-_LIMIT_BYTES = 1 << 28  # a million files
 _LIMIT_BYTES = 1 << 28  # a million files, and more
 _PLACE = ("sequence", "step", "run_id", "attempt", "parent")
 _TENSOR_SUFFIXES = (".pt", ".pth", ".safetensors")
