@@ -3,6 +3,7 @@
 The work is in ``megatron.checkpoint``.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from megatron.checkpoint.compatibility import MODEL_ARGUMENTS
 from megatron.checkpoint.load import LoadSettings
 from megatron.checkpoint.load import load_checkpoint as restore
 from megatron.checkpoint.stored import read_model_facts
+from megatron.checkpoint.verified import verify_together
 from megatron.config.run_config import RunConfig
-from megatron.ledger.run_directory import choose_checkpoint
+from megatron.ledger.candidates import Candidate
+from megatron.ledger.checkpoint_choice import choose, search_for
+from megatron.ledger.run_directory import checkpoint_path
 from megatron.model.settings import ModelSettings
 from megatron.neox_arguments import NeoXArgs
 from megatron.training import prepared_training
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
@@ -69,29 +75,52 @@ def load_checkpoint(
     """
     config = neox_args.to_run_config()
     training = config.training
-    source = all_or_none(lambda: _choose(config, iteration), _gather)
+    is_weights_only = inference or training.finetune or training.no_load_optim
+    source = _choose(config, iteration, needs_optimizer=not is_weights_only)
     if source is None:
         return 0
-    weights_alone = inference or training.finetune or training.no_load_optim
     state = restore(
         model,
         source,
         _load_settings(config, source),
         gather=_gather,
-        restores_optimizer=not weights_alone,
+        restores_optimizer=not is_weights_only,
         restores_rng=not (inference or training.finetune or training.no_load_rng),
     )
     return 0 if training.finetune else state.iteration
 
 
-def _choose(config: RunConfig, iteration: int | None) -> Path | None:
+def _choose(config: RunConfig, iteration: int | None, *, needs_optimizer: bool) -> Path | None:
+    """Return the first candidate whose bytes all ranks find good; each rank looks for itself."""
     training = config.training
-    return choose_checkpoint(
-        Path(training.load) if training.load else None,
-        Path(training.save) if training.save else None,
-        iteration=config.other.iteration if iteration is None else iteration,
-        finetune=training.finetune,
+    search = all_or_none(
+        lambda: search_for(
+            Path(training.load) if training.load else None,
+            Path(training.save) if training.save else None,
+            iteration=config.other.iteration if iteration is None else iteration,
+            finetune=training.finetune,
+        ),
+        _gather,
     )
+    if search is None:
+        return None
+    candidates = all_or_none(lambda: list(search.candidates()), _gather)
+
+    def check(candidate: Candidate) -> str | None:
+        return verify_together(
+            checkpoint_path(search.directory, candidate.step),
+            _gather,
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            is_numbered=candidate.sequence is not None,
+            needs_optimizer=needs_optimizer,
+        )
+
+    # Rank 0's list is everybody's: a file server may show others another state.
+    chosen = choose(search, _gather(candidates)[0], check)
+    if chosen.reason and torch.distributed.get_rank() == 0:
+        logger.warning("%s: %s", chosen.checkpoint, chosen.reason)
+    return chosen.checkpoint
 
 
 def _load_settings(config: RunConfig, source: Path) -> LoadSettings:
@@ -104,6 +133,7 @@ def _load_settings(config: RunConfig, source: Path) -> LoadSettings:
         model_arguments=current | {"padded_vocab_size": facts.padded_vocab_size},
         topology=config.topology,
         rank=torch.distributed.get_rank(),
+        is_verified=True,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.base.errors import CheckpointError, ConfigError, MegatronError, RunDirectoryError
 from megatron.base.torch_metadata import read_torch_metadata
+from megatron.checkpoint.verified import problem_without_bytes
 from megatron.cli.wanted_launch import (
     DescribedData,
     described_data,
@@ -23,15 +24,38 @@ from megatron.ledger.attempt_facts import (
     read_all_attempt_facts,
     read_attempt_facts,
 )
-from megatron.ledger.instructions import Decision, Instruction, decide
+from megatron.ledger.candidates import Candidate
+from megatron.ledger.checkpoint_choice import Chosen, Search, choose, search_for
+from megatron.ledger.checkpoint_evidence import committed_by
+from megatron.ledger.instructions import Decision, InstructedAttempt, Instruction, decide
 from megatron.ledger.ledger_file import Ledger, read_ledger
 from megatron.ledger.planning.inputs import ForeignCheckpoint, Found, LearningRates
-from megatron.ledger.run_directory import choose_checkpoint, list_checkpoints, step_of
+from megatron.ledger.run_directory import checkpoint_path, list_checkpoints, step_of
 from megatron.optim.schedules import LearningRateSchedule
 
-__all__ = ["Source", "find_source", "found_checkpoint"]
+__all__ = ["Source", "Wish", "find_source", "found_checkpoint", "needs_optimizer", "wish_of"]
 
 _SCHEDULE_STATE = ("start_lr", "warmup_iter", "decay_style", "end_iter", "min_lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """Where a launch looks for what it goes on from, and why there."""
+
+    search: Search | None  # None: it starts at step 0
+    instruction: Instruction | None  # what the configuration asks of one launch only
+    decision: Decision
+    finetune: bool = False  # only the weights are taken: a new run begins
+
+    def chosen(self, chosen: Chosen | None) -> "Source":
+        """Return what is loaded, once that is found."""
+        return Source(
+            checkpoint=None if chosen is None else chosen.checkpoint,
+            instruction=self.instruction,
+            decision=self.decision,
+            finetune=self.finetune,
+            roll_back="" if chosen is None else chosen.reason,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +63,23 @@ class Source:
     """The checkpoint a launch loads, and why."""
 
     checkpoint: Path | None  # None: it starts at step 0
-    instruction: Instruction | None  # what the configuration asks of one launch only
+    instruction: Instruction | None
     decision: Decision
-    finetune: bool = False  # only the weights are taken: a new run begins
+    finetune: bool = False
+    roll_back: str = ""  # why not the one that was looked for; empty if it is it
+
+    @property
+    def reason(self) -> str:
+        """Say why this checkpoint, if there is something to say."""
+        asked = self.decision.reason if self.instruction is not None else ""
+        return "; ".join(part for part in (self.roll_back, asked) if part)
 
 
-def find_source(config: RunConfig) -> Source:
-    """Decide which checkpoint a launch loads: what it was told, or the newest of its own run.
+def wish_of(config: RunConfig) -> Wish:
+    """Decide where a launch looks: where it was told to, or in its own run.
 
     Raises:
-        CheckpointError: what was asked for is not there, or loading it would lose what is there.
+        CheckpointError: there is nothing to load, or starting would lose what is there.
         RunDirectoryError: an earlier attempt's facts cannot be read.
     """
     training = config.training
@@ -56,18 +87,59 @@ def find_source(config: RunConfig) -> Source:
     save = Path(training.save) if training.save else None
     iteration = config.other.iteration
     if save is None:
-        checkpoint = choose_checkpoint(load, None, iteration=iteration, finetune=training.finetune)
+        search = search_for(load, None, iteration=iteration, finetune=training.finetune)
         decision = Decision(True, "nothing is saved, so the keys are obeyed as they are")
-        return Source(checkpoint, None, decision, training.finetune)
+        return Wish(search, None, decision, training.finetune)
     instruction = Instruction.of(
         load=load, save=save, iteration=iteration, finetune=training.finetune
     )
-    decision = decide(instruction, instructed_attempts(read_all_attempt_facts(save)))
+    decision = decide(instruction, _instructed_attempts(save))
     if instruction is None or not decision.obeys:
-        checkpoint = choose_checkpoint(save, save, iteration=None, finetune=False)
-        return Source(checkpoint, instruction, decision)
-    checkpoint = choose_checkpoint(load, save, iteration=iteration, finetune=training.finetune)
-    return Source(checkpoint, instruction, decision, training.finetune)
+        search = search_for(save, save, iteration=None, finetune=False)
+        return Wish(search, instruction, decision)
+    search = search_for(load, save, iteration=iteration, finetune=training.finetune)
+    return Wish(search, instruction, decision, training.finetune)
+
+
+def find_source(config: RunConfig) -> Source:
+    """Return which checkpoint a launch would load, as far as can be told without reading tensors.
+
+    Raises:
+        CheckpointError: there is nothing to load, or nothing good.
+        RunDirectoryError: an earlier attempt's facts cannot be read.
+    """
+    wish = wish_of(config)
+    search = wish.search
+    if search is None:
+        return wish.chosen(None)
+
+    def check(candidate: Candidate) -> str | None:
+        return problem_without_bytes(
+            checkpoint_path(search.directory, candidate.step),
+            is_numbered=candidate.sequence is not None,
+            needs_optimizer=needs_optimizer(config, wish),
+        )
+
+    return wish.chosen(choose(search, search.candidates(), check))
+
+
+def needs_optimizer(config: RunConfig, wish: Wish) -> bool:
+    """Whether a launch restores more than weights."""
+    return not (wish.finetune or config.training.no_load_optim)
+
+
+def _instructed_attempts(save: Path) -> list[InstructedAttempt]:
+    try:
+        attempts = read_all_attempt_facts(save)
+    except RunDirectoryError as error:
+        raise RunDirectoryError(
+            f"{error}. Put a copy of it back, or move it away to go on without what it tells"
+        ) from error
+    committed = committed_by(save, attempts)
+    return [
+        dataclasses.replace(one, committed_steps=committed[one.number])
+        for one in instructed_attempts(attempts)
+    ]
 
 
 def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
@@ -88,7 +160,7 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
         path=str(checkpoint),
         record=record,
         newest_step=_newest_step(config, checkpoint),
-        reason=source.decision.reason if source.instruction is not None else "",
+        reason=source.reason,
         learning_rates=_learning_rates(config, schedule),
         optimizer_steps=schedule.get("num_iters") if isinstance(schedule, Mapping) else None,
         numerics=None

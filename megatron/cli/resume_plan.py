@@ -32,19 +32,24 @@ class PlannedLaunch:
 
 
 def plan_launch(
-    config: RunConfig, *, counts_neox: bool = False, is_unlimited: bool = False
+    config: RunConfig,
+    source: Source | None = None,
+    *,
+    counts_neox: bool = False,
+    is_unlimited: bool = False,
 ) -> PlannedLaunch:
     """Plan a launch; a plan that refuses is returned, not raised.
 
     Args:
         config: of the launch.
+        source: what it loads; None: what it would load, found without reading tensors.
         counts_neox: count also what NeoX's way would repeat and skip.
         is_unlimited: count however many samples there are.
 
     Raises:
         MegatronError: the configuration, a dataset or the checkpoint cannot be used at all.
     """
-    source = find_source(config)
+    source = source or find_source(config)
     wanted = wanted_launch(config)
     if not source.finetune and wanted.finetune:
         wanted = replace(wanted, finetune=False)  # begun before: the run is continued

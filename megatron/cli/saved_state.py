@@ -1,18 +1,22 @@
 """What a run loads at its start, and how it saves."""
 
 import contextlib
-import time
+import socket
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from megatron.base.errors import ConfigError, RunDirectoryError
+from megatron.base.errors import CheckpointError, ConfigError, RunDirectoryError
 from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
 from megatron.checkpoint.stored import StoredFacts, read_model_facts
+from megatron.checkpoint.verified import verify_together
+from megatron.cli.found_checkpoint import Source, Wish, needs_optimizer, wish_of
 from megatron.cli.resume_plan import PlannedLaunch, plan_launch
+from megatron.cli.run_check import RunCheck
 from megatron.cli.run_saver import open_saver
 from megatron.config.load import RunConfig
 from megatron.data.tokenizers import padded_vocab_size
@@ -21,12 +25,19 @@ from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
 from megatron.engine.saving import RunSaver
 from megatron.engine.seeding import seed_resumed_run
-from megatron.ledger.run_directory import remove_leftovers
-from megatron.ledger.save_lock import SaveLock
+from megatron.ledger.candidates import Candidate
+from megatron.ledger.checkpoint_choice import choose
+from megatron.ledger.lease import Lease
+from megatron.ledger.readers import reading as reader_mark
+from megatron.ledger.readers import remove_dead_marks
+from megatron.ledger.run_directory import checkpoint_path, remove_leftovers
+from megatron.ledger.shared_directory import answer_mark, leave_mark, remove_marks
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
 
 __all__ = ["Checkpoints"]
+
+_NAMED_NODES = 4  # in one message
 
 
 @dataclass
@@ -36,38 +47,39 @@ class Checkpoints:
     config: RunConfig
     groups: ProcessGroups
     launch: PlannedLaunch
-    lock: SaveLock | None  # on rank 0 of a run that saves
+    lease: Lease | None  # on rank 0 of a run that saves
+    _reading: contextlib.ExitStack  # rank 0's mark on a checkpoint that somebody else may delete
 
     @classmethod
     def open(cls, config: RunConfig, groups: ProcessGroups) -> "Checkpoints":
-        """Take ``save`` for this job and plan the launch; the plan is printed, or refused.
+        """Take ``save`` for this job, find a good checkpoint and plan the launch.
+
+        All ranks check the checkpoint. The plan is printed, or refused.
 
         Raises:
-            MegatronError: on every rank, if data, checkpoint and configuration don't fit.
+            MegatronError: on every rank: data, checkpoint and configuration don't fit, no
+                checkpoint is good, or another job has ``save``.
         """
         save = Path(config.training.save) if config.training.save else None
-
-        def decide() -> tuple[PlannedLaunch | None, SaveLock | None]:
-            if groups.rank != 0:
-                return None, None
-            lock = None
+        is_first = groups.rank == 0
+        with contextlib.ExitStack() as on_failure:
+            lease = together(groups, lambda: _take(save) if is_first and save else None)
+            if lease is not None:
+                on_failure.callback(lease.release)
             if save is not None:
-                _make_directory(save)
-                lock = SaveLock.acquire(save, now=time.time())
-            with contextlib.ExitStack() as on_failure:
-                if lock is not None:
-                    on_failure.callback(lock.release)
-                if save is not None:
-                    remove_leftovers(save)
-                launch = plan_launch(config)
-                for line in launch.lines:
-                    print_rank_0(line)
-                launch.plan.raise_if_refused()
-                on_failure.pop_all()
-            return launch, lock
+                _require_shared(groups, save)
+            wish: Wish = groups.from_rank_0(
+                together(groups, lambda: wish_of(config) if is_first else None)
+            )
+            reading = on_failure.enter_context(contextlib.ExitStack())
+            source = _find_good(groups, config, wish, reading)
 
-        launch, lock = together(groups, decide)
-        return cls(config, groups, groups.from_rank_0(launch), lock)
+            def plan() -> PlannedLaunch | None:
+                return _printed_plan(config, source) if is_first else None
+
+            launch = groups.from_rank_0(together(groups, plan))
+            on_failure.pop_all()
+        return cls(config, groups, launch, lease, reading)
 
     @property
     def source(self) -> Path | None:
@@ -76,8 +88,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Give ``save`` back."""
-        if self.lock is not None:
-            self.lock.release()
+        self._reading.close()
+        if self.lease is not None:
+            self.lease.release()
 
     @property
     def loads_weights_only(self) -> bool:
@@ -129,6 +142,10 @@ class Checkpoints:
 
     def load_state(self, engine: Any, settings: ModelSettings, facts: ModelFacts) -> int:
         """Restore what is wanted beside the weights; return the step the run goes on from."""
+        with self._reading:
+            return self._load_state(engine, settings, facts)
+
+    def _load_state(self, engine: Any, settings: ModelSettings, facts: ModelFacts) -> int:
         training = self.config.training
         if self.source is None or self.launch.source.finetune:
             return 0
@@ -148,7 +165,14 @@ class Checkpoints:
             seed_resumed_run(self.groups, self.config.other.seed, step=state.iteration)
         return state.iteration
 
-    def saver(self, engine: Any, facts: ModelFacts, journal: Journal | None) -> RunSaver | None:
+    def compare_forward_pass(self, check: RunCheck) -> None:
+        """Compare the loaded model with what was loaded, if anything was."""
+        if self.source is not None:
+            check.compare(self.source, is_continued=not self.launch.source.finetune)
+
+    def saver(
+        self, engine: Any, facts: ModelFacts, journal: Journal | None, check: RunCheck | None = None
+    ) -> RunSaver | None:
         """Return what writes the run's checkpoints; None if it isn't saved."""
         if journal is None:
             return None
@@ -159,7 +183,8 @@ class Checkpoints:
             journal,
             facts=self.stored_facts(facts),
             model_arguments=self._model_arguments(facts),
-            lease=self.lock,
+            lease=self.lease,
+            more_state=dict if check is None else check.state,
         )
 
     def stored_facts(self, facts: ModelFacts) -> StoredFacts:
@@ -172,6 +197,7 @@ class Checkpoints:
             model_arguments=self._model_arguments(facts),
             topology=self.groups.topology,
             rank=self.groups.rank,
+            is_verified=True,
         )
 
     def _model_arguments(self, facts: ModelFacts) -> dict[str, Any]:
@@ -186,6 +212,106 @@ class Checkpoints:
             "tokenizer_type": self.config.tokenizer.tokenizer_type,
             "model_parallel_size": self.groups.topology.tensor_parallel_size,
         }
+
+
+def _take(save: Path) -> Lease:
+    """Become the only writer of ``save``; from then on nothing of a former one's appears there."""
+    _make_directory(save)
+    lease = Lease.acquire(save, tell=print_rank_0)
+    try:
+        lease.start_heartbeat()
+        remove_leftovers(save)
+        remove_marks(save)
+        remove_dead_marks(save)
+    except BaseException:
+        lease.release()
+        raise
+    return lease
+
+
+def _require_shared(groups: ProcessGroups, save: Path) -> None:
+    """Refuse a ``save`` that isn't one and the same directory for all nodes. Collective.
+
+    Raises:
+        RunDirectoryError: on every rank; names the nodes.
+    """
+    token: str = groups.from_rank_0(uuid.uuid4().hex)
+    together(groups, lambda: leave_mark(save, token) if groups.rank == 0 else None)
+    problem = None
+    if groups.local_rank == 0:
+        problem = answer_mark(save, token, str(groups.rank))
+        if problem is not None:
+            problem = f"rank {groups.rank} on {socket.gethostname()} {problem}"
+    problems = [one for one in groups.gather(problem) if one is not None]
+    if groups.rank == 0:
+        remove_marks(save)
+    if problems:
+        more = len(problems) - _NAMED_NODES
+        error = RunDirectoryError(
+            f"save: {save} must be one directory that every node reads and writes, but "
+            + "; ".join(problems[:_NAMED_NODES])
+            + (f"; and {more} more nodes" if more > 0 else "")
+        )
+        error.teller = 0
+        raise error
+
+
+def _find_good(
+    groups: ProcessGroups, config: RunConfig, wish: Wish, reading: contextlib.ExitStack
+) -> Source:
+    """Return what is loaded: the first candidate whose bytes all ranks find good. Collective.
+
+    Raises:
+        CheckpointError: on every rank: there is none.
+    """
+    search = wish.search
+    if search is None:
+        return wish.chosen(None)
+    on_rank_0 = search.candidates() if groups.rank == 0 else iter(())
+
+    def next_candidate() -> Candidate | None:
+        # An error of rank 0's is raised everywhere; the end is the same for all.
+        return groups.from_rank_0(together(groups, lambda: next(on_rank_0, None)))
+
+    def check(candidate: Candidate) -> str | None:
+        checkpoint = checkpoint_path(search.directory, candidate.step)
+        reading.close()
+        is_marked = groups.rank == 0 and not _is_own(checkpoint, config)
+        together(
+            groups, lambda: reading.enter_context(reader_mark(checkpoint)) if is_marked else None
+        )
+        problem = verify_together(
+            checkpoint,
+            groups.gather,
+            rank=groups.rank,
+            world_size=groups.topology.world_size,
+            is_numbered=candidate.sequence is not None,
+            needs_optimizer=needs_optimizer(config, wish),
+        )
+        if problem is not None:
+            print_rank_0(f"NOT LOADED: {checkpoint}: {problem}")
+        return problem
+
+    try:
+        chosen = choose(search, iter(next_candidate, None), check)
+    except CheckpointError as error:
+        error.teller = 0
+        raise
+    return wish.chosen(chosen)
+
+
+def _is_own(checkpoint: Path, config: RunConfig) -> bool:
+    """Whether only this job may delete it: it holds the lease."""
+    save = config.training.save
+    return save is not None and checkpoint.resolve().parent == Path(save).resolve()
+
+
+def _printed_plan(config: RunConfig, source: Source) -> PlannedLaunch:
+    launch = plan_launch(config, source)
+    for line in launch.lines:
+        print_rank_0(line)
+    launch.plan.raise_if_refused()
+    return launch
 
 
 def _make_directory(save: Path) -> None:

@@ -60,6 +60,8 @@ class RunSaver:
         """
         self.finish()
         ledger = self._journal.ledger(evaluation_due=evaluation_due)
+        if ledger is not None and ledger.step != step:
+            ledger = None  # a script's own loop took the steps: what is recorded isn't theirs
         more_state = self._more_state()
         self._termination.begin()
 

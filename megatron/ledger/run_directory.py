@@ -27,11 +27,11 @@ from typing import Literal
 
 from megatron.base.atomic_files import fsync_directory, is_prepared_name, write_atomically
 from megatron.base.errors import CheckpointError, RunDirectoryError
+from megatron.base.regular_files import read_small_text
 from megatron.base.write_points import reach
 
 __all__ = [
     "checkpoint_path",
-    "choose_checkpoint",
     "commit_checkpoint",
     "deletable",
     "delete_old_checkpoints",
@@ -53,7 +53,7 @@ _LATEST = "latest"
 _WRITING, _DELETED, _UNDONE = ".tmp-", ".deleted-", ".undone-"
 _REPLACED = ".replaced"
 _CHECKPOINT_NAME = re.compile(r"global_step(0|[1-9][0-9]*)")
-_NAMED_IN_MESSAGES = 8
+_LATEST_LIMIT_BYTES = 4096
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -85,20 +85,15 @@ def read_latest(directory: Path) -> int | None:
         CheckpointError: the file is empty, names no checkpoint, or one that is not there.
     """
     path = directory / _LATEST
-    try:
-        content = path.read_text(errors="replace").strip()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    content = read_small_text(path, limit_bytes=_LATEST_LIMIT_BYTES).strip()
     step = step_of(content)
     if step is None:
         what = "is empty" if not content else f"holds {content[:80]!r}, not global_stepN"
-        raise CheckpointError(f"{path} {what} (an interrupted write?); {_advice(directory)}")
+        raise CheckpointError(f"{path} {what}")
     if not checkpoint_path(directory, step).is_dir():
-        raise CheckpointError(
-            f"{path} names {content}, which is not in {directory}; {_advice(directory)}"
-        )
+        raise CheckpointError(f"{path} names {content}, which is not there")
     return step
 
 
@@ -110,51 +105,6 @@ def write_latest(
     ``before_rename`` may still prevent it by an exception.
     """
     write_atomically(directory / _LATEST, f"global_step{step}", before_rename=before_rename)
-
-
-def choose_checkpoint(
-    load: Path | None, save: Path | None, *, iteration: int | None, finetune: bool
-) -> Path | None:
-    """Return the checkpoint a launch loads, or None when it starts at iteration 0.
-
-    Only two launches start at 0: one without ``load``, and one whose ``load`` equals ``save`` and
-    finds no checkpoint there (the first of a run that will be continued by the same command).
-
-    Args:
-        load: directory to load from, if any.
-        save: directory this run saves to, if any.
-        iteration: load this step instead of the one ``latest`` names.
-        finetune: start a new run from the weights.
-
-    Raises:
-        CheckpointError: what was asked for is not there, or loading it would lose what is there.
-    """
-    is_continuation = load is not None and save is not None and load.resolve() == save.resolve()
-    _refuse_losing_checkpoints(load, save, finetune=finetune, is_continuation=is_continuation)
-    if load is None:
-        if iteration is not None or finetune:
-            key = f"iteration: {iteration}" if iteration is not None else "finetune: true"
-            raise CheckpointError(f"{key} is set but load is not: there is nothing to load it from")
-        return None
-    steps = list_checkpoints(load)
-    if iteration is not None:
-        if iteration not in steps:
-            raise CheckpointError(
-                f"iteration: {iteration} was asked for, but {load} "
-                f"{'holds ' + _names(steps) if steps else _emptiness(load)}"
-            )
-        return checkpoint_path(load, iteration)
-    latest = read_latest(load)
-    if latest is not None:
-        return checkpoint_path(load, latest)
-    if steps:
-        raise CheckpointError(f"{load / _LATEST} is missing; {_advice(load)}")
-    if is_continuation:
-        return None
-    raise CheckpointError(
-        f"load: {load} {_emptiness(load)}. A run starts at iteration 0 only without load, "
-        "or when load equals save"
-    )
 
 
 def is_save_step(
@@ -343,44 +293,7 @@ def _delete(path: Path) -> None:
         logger.warning("%s is not deleted completely: %s", path, error)
 
 
-def _refuse_losing_checkpoints(
-    load: Path | None, save: Path | None, *, finetune: bool, is_continuation: bool
-) -> None:
-    if finetune and is_continuation:
-        raise CheckpointError(
-            f"finetune: true starts a new run, but load and save are both {save}: "
-            "give the new run a save directory of its own"
-        )
-    kept = list_checkpoints(save) if save is not None else []
-    if kept and not is_continuation:
-        asked = "load is not set" if load is None else f"load is {load}"
-        raise CheckpointError(
-            f"save: {save} holds {_names(kept)}, but {asked}: starting there would overwrite them. "
-            f"To continue that run set load: {save} (and drop finetune); "
-            "for a new run choose an empty save"
-        )
-
-
 def _hide(path: Path, prefix: str) -> Path:
     hidden = path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:12]}")
     path.rename(hidden)
     return hidden
-
-
-def _emptiness(directory: Path) -> str:
-    if not directory.exists():
-        return "does not exist"
-    return "holds no checkpoint" if directory.is_dir() else "is not a directory"
-
-
-def _advice(directory: Path) -> str:
-    steps = list_checkpoints(directory)
-    if not steps:
-        return f"{directory} {_emptiness(directory)}"
-    return f"{directory} holds {_names(steps)}; name one of them, such as iteration: {steps[-1]}"
-
-
-def _names(steps: list[int]) -> str:
-    newest = [f"global_step{step}" for step in reversed(steps[-_NAMED_IN_MESSAGES:])]
-    more = len(steps) - len(newest)
-    return ", ".join(newest) + (f" and {more} older" if more else "")

@@ -1,6 +1,7 @@
-"""Checkpoints that can't be loaded: told once, and never a start at step 0 instead."""
+"""Checkpoints that cannot be loaded: an earlier one is, or that is told once; never step 0."""
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.ledger.manifest import quick_problems, read_manifest
+from tests.checkpoint.damages import reseal
 from tests.cli.bad_runs import the_one_message, train_in_forked_ranks, write_dataset
 
 pytestmark = pytest.mark.distributed
@@ -66,20 +69,33 @@ def saved(finished_run, tmp_path):
     return SavedRun(tmp_path / "saved", finished_run / "text")
 
 
-def test_an_unreadable_checkpoint_file_is_named_by_the_rank_that_needs_it(saved):
+def test_a_damaged_checkpoint_is_told_and_the_run_goes_on_from_the_one_before(saved, capfd):
     file = saved.checkpoint / "mp_rank_01_model_states.pt"
     os.truncate(file, 500)
-    assert saved.refusal(teller=1).startswith(
-        f"CheckpointError: rank 1: {file} (500 bytes) cannot be read; it is truncated, damaged, or "
-        "not a checkpoint file: "
-    )
+    keys = {"load": str(saved.save), "save": str(saved.save), "train_iters": 3}
+    ends = train_in_forked_ranks(saved.save.parent, **{**RUN, "data_path": str(saved.data), **keys})
+    assert [(end.status, len(end.losses)) for end in ends] == [(0, 2), (0, 2)]  # steps 2 and 3
+    printed = capfd.readouterr().out
+    assert re.search(rf"NOT LOADED: {saved.checkpoint}: {file.name} has 500 bytes instead", printed)
+    assert "rolled back from step 2 to step 1 because global_step2 is damaged: " in printed
+    assert f"loaded {saved.save}/global_step1, iteration 1" in printed
+    # The damaged one was replaced by the next save of the same step.
+    manifest = read_manifest(saved.checkpoint)
+    assert (manifest.sequence, manifest.parent) == (3, 1)
+    assert quick_problems(saved.checkpoint, manifest) == []
 
 
-def test_a_missing_layer_file_is_named(saved):
-    saved.layer_file.unlink()
-    assert saved.refusal() == (
-        f"CheckpointError: ranks 0, 1: {saved.layer_file} missing: layer 2 was saved in 2 parts"
+def test_without_a_good_checkpoint_the_run_stops_and_says_all_of_it(saved):
+    for step in (1, 2):
+        os.truncate(saved.save / f"global_step{step}" / "mp_rank_01_model_states.pt", 500)
+    message = saved.refusal()
+    assert message.startswith(
+        f"rank 0: CheckpointError: {saved.save}: no checkpoint of the run can be loaded, and "
+        "nothing is deleted:\n"
     )
+    for step in (1, 2):
+        told = f"  {saved.save}/global_step{step}: mp_rank_01_model_states.pt has 500 bytes instead"
+        assert told in message
 
 
 @pytest.mark.parametrize("start", ["resume", "finetune"])
@@ -88,6 +104,7 @@ def test_a_stale_layer_files_shape_is_told_with_both_shapes(saved, tmp_path, sta
     name = "attention.query_key_value.weight"
     layer[name] = torch.cat([layer[name], layer[name]])
     torch.save(layer, saved.layer_file)
+    reseal(saved.checkpoint)
     # a new run from the weights alone has a save directory of its own
     keys = {"finetune": True, "save": None, "checkpoint_factor": None}
     assert saved.refusal(teller=1, **(keys if start == "finetune" else {})) == (
@@ -104,33 +121,12 @@ def test_another_models_checkpoint_is_refused_with_both_numbers(saved):
     )
 
 
-def test_another_topologys_optimizer_is_refused_with_ways_on(saved):
-    message = saved.refusal(num_gpus=1, model_parallel_size=1)
-    assert "model_parallel_size 2, data parallel 1, this launch has pipe_parallel_size 1" in message
-    assert message.endswith(
-        "to load the weights alone set no_load_optim: true (go on from this step) or "
-        "finetune: true (a new run)"
-    )
-
-
 def test_another_schedule_is_refused_with_ways_on(saved):
     message = saved.refusal(lr_decay_iters=5)
     assert message.startswith(
         "rank 0: ConfigError: the learning-rate schedule is not the checkpoint's: "
     )
     assert "override_lr_scheduler: true goes on with the configured one from here" in message
-
-
-@pytest.mark.parametrize(
-    ("content", "what"), [("", "is empty"), ("step 2", "holds 'step 2', not global_stepN")]
-)
-def test_a_damaged_latest_file_is_told_with_the_checkpoints_there_are(saved, content, what):
-    latest = saved.save / "latest"
-    latest.write_text(content)
-    assert saved.refusal() == (
-        f"rank 0: CheckpointError: {latest} {what} (an interrupted write?); {saved.save} holds "
-        "global_step2, global_step1; name one of them, such as iteration: 2"
-    )
 
 
 def test_a_step_that_was_not_saved_is_told_with_those_that_were(saved):
@@ -167,4 +163,5 @@ def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(saved):
     text = record.read_text()
     assert '"padded_vocab_size": 512' in text
     record.write_text(text.replace('"padded_vocab_size": 512', '"padded_vocab_size": 256'))
+    reseal(saved.checkpoint)
     assert size.format(saved.checkpoint) in saved.refusal()

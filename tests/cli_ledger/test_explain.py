@@ -75,8 +75,8 @@ def test_a_checkpoint_without_its_configuration_is_adopted_by_this_launchs(
     write_config, tmp_path, capsys
 ):
     checkpoint = tmp_path / "theirs" / "global_step10"
-    checkpoint.mkdir(parents=True)
-    shutil.copy(ORACLE / "ckpt_a/global_step10/mp_rank_00_model_states.pt", checkpoint)
+    shutil.copytree(ORACLE / "ckpt_a/global_step10", checkpoint)
+    shutil.rmtree(checkpoint / "configs")
     (tmp_path / "theirs" / "latest").write_text("global_step10")
     status, out, _ = explained(write_config(load=str(tmp_path / "theirs")), capsys)
     assert status == 0

@@ -17,6 +17,7 @@ _LABEL_WIDTH = 11
 def summary_lines(plan: ResumePlan) -> list[str]:
     """Return the five lines that a launch prints before anything is built."""
     remarks = [
+        *([plan.reason] if plan.reason else []),
         *([f"the evaluation due after step {plan.step} comes first"] * plan.evaluates_first),
         *_course(plan),
         *plan.notices,
@@ -94,8 +95,6 @@ def _course(plan: ResumePlan) -> Iterator[str]:
     if plan.abandoned is not None:
         first, last = plan.abandoned
         yield f"steps {first}..{last} were taken before and stay as an abandoned branch"
-    if plan.reason:
-        yield plan.reason
 
 
 def _next_evaluation(plan: ResumePlan) -> str:
