@@ -10,6 +10,7 @@ import torch
 
 from megatron.base.errors import MegatronError
 from megatron.cli.resume_plan import PlannedLaunch
+from megatron.cli.run_check import RunCheck
 from megatron.cli.run_data import open_run_data
 from megatron.cli.run_ledger import open_journal
 from megatron.cli.run_reports import build_reporter
@@ -125,6 +126,10 @@ def prepare(
     reporter = build_reporter(config, groups, facts, launch.plan.train_iters)
     stack.callback(reporter.close)
     sources = data.open_sources(stack, vocabulary_rows=facts.padded_vocab_size)
+    check = None
+    if config.training.checkpoint_validation_with_forward_pass:
+        check = RunCheck.open(config, groups, engine, facts, data, sources["train"])
+        checkpoints.compare_forward_pass(check)
     journal = together(
         groups,
         lambda: open_journal(config, groups, launch, checkpoints.stored_facts(facts), sources),
@@ -139,7 +144,7 @@ def prepare(
         gradient_norm=gradient_norm,
         reporter=reporter,
         journal=journal,
-        saving=checkpoints.saver(engine, facts, journal),
+        saving=checkpoints.saver(engine, facts, journal, check),
         on_loss=on_loss,
     )
     return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)
