@@ -1,4 +1,4 @@
-"""The save directory: which checkpoints it holds, which one is loaded, when one is due or deleted.
+"""The save directory: which checkpoints it holds, which one `latest` names, when one is due.
 
     <save>/
       latest                 the pointer NeoX and DeepSpeed read, replaced last and atomically
@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,6 @@ from megatron.base.write_points import reach
 __all__ = [
     "checkpoint_path",
     "commit_checkpoint",
-    "deletable",
-    "delete_old_checkpoints",
     "delete_replaced",
     "is_save_step",
     "list_checkpoints",
@@ -139,35 +137,6 @@ def is_save_step(
     while int(checkpoint_factor**power) < step:
         power += 1
     return int(checkpoint_factor**power) == step
-
-
-def deletable(steps: Iterable[int], *, keep_last_n: int, latest: int | None) -> list[int]:
-    """Return the steps beyond the newest ``keep_last_n`` that lead up to ``latest``, ascending.
-
-    Steps above ``latest`` were abandoned by a roll-back; they are left to the user, and they do not
-    push the checkpoints of the present course out.
-    """
-    if keep_last_n < 1:
-        raise ValueError(f"keep_last_n must be at least 1, got {keep_last_n}")
-    if latest is None:
-        return []
-    course = sorted(step for step in steps if step <= latest)
-    return [step for step in course[:-keep_last_n] if step != latest]
-
-
-def delete_old_checkpoints(save: Path, keep_last_n: int) -> list[int]:
-    """Delete what :func:`deletable` allows directly under ``save`` and return the steps.
-
-    A directory loses its name before its files, so a kill never leaves half a checkpoint.
-    Symbolic links are kept: what they point to is not ours.
-    """
-    candidates = deletable(
-        list_checkpoints(save), keep_last_n=keep_last_n, latest=read_latest(save)
-    )
-    deleted = [step for step in candidates if not checkpoint_path(save, step).is_symlink()]
-    for step in deleted:
-        shutil.rmtree(_hide(checkpoint_path(save, step), _DELETED))
-    return deleted
 
 
 def temporary_name(step: int) -> str:
@@ -291,9 +260,3 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path)
     except OSError as error:
         logger.warning("%s is not deleted completely: %s", path, error)
-
-
-def _hide(path: Path, prefix: str) -> Path:
-    hidden = path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:12]}")
-    path.rename(hidden)
-    return hidden

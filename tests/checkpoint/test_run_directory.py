@@ -1,18 +1,13 @@
-"""Which checkpoint a launch loads, when one is due, which are deleted."""
+"""Which checkpoints there are, when one is due, what killed saves left."""
 
-import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron.base.errors import CheckpointError
 from megatron.ledger.run_directory import (
     checkpoint_path,
     commit_checkpoint,
-    deletable,
-    delete_old_checkpoints,
     delete_replaced,
     is_save_step,
     list_checkpoints,
@@ -83,42 +78,6 @@ def test_linear_and_log_saves():
         due(2.5, "linear")
     with pytest.raises(ValueError, match="must exceed 1"):
         due(1, "log")
-
-
-@given(
-    steps=st.sets(st.integers(0, 50), min_size=1),
-    keep=st.integers(1, 5),
-    data=st.data(),
-)
-def test_deletion_keeps_latest_and_everything_abandoned_after_it(steps, keep, data):
-    latest = data.draw(st.sampled_from(sorted(steps)))
-    deleted = deletable(steps, keep_last_n=keep, latest=latest)
-    kept = steps - set(deleted)
-    assert latest in kept
-    assert all(step in kept for step in steps if step > latest)
-    assert len([step for step in kept if step <= latest]) == min(
-        keep, len([step for step in steps if step <= latest])
-    )
-    assert not deleted or max(deleted) < min(step for step in kept if step <= latest)
-
-
-def test_deletion_touches_only_checkpoints_directly_in_save(tmp_path):
-    save = make_run(tmp_path / "has_global_step1_in_its_path", 5, 10, 15, 20, latest=20)
-    (save / "global_step2_backup").mkdir()
-    (save / "logs" / "global_step3").mkdir(parents=True)
-    elsewhere = make_run(tmp_path / "elsewhere", 4)
-    os.symlink(elsewhere / "global_step4", save / "global_step4")
-    assert delete_old_checkpoints(save, 2) == [5, 10]
-    assert list_checkpoints(save) == [4, 15, 20]
-    assert (save / "global_step2_backup").is_dir()
-    assert (save / "logs" / "global_step3").is_dir()
-    assert list_checkpoints(elsewhere) == [4]
-    assert not list(save.glob(".deleted-*"))
-
-
-def test_after_a_roll_back_the_newest_save_is_kept(tmp_path):
-    make_run(tmp_path, 500, 1000, 2000, 3000, latest=500)
-    assert delete_old_checkpoints(tmp_path, 1) == []
 
 
 def test_committing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
