@@ -192,7 +192,8 @@ class Saver:
                 time.sleep(_LOOKS_EVERY_S)
         finally:
             if not flight.over.is_set():
-                self._give_up(flight)
+                flight.stop()
+                self._discard(flight)
         report = self._report(flight, is_given_up=False)
         if report.problem is not None:
             logger.error("the checkpoint of step %s failed: %s", flight.step, report.problem)
@@ -230,7 +231,9 @@ class Saver:
         reports = self._gather(self._report(flight, is_given_up=is_given_up))
         if any(report.is_given_up or report.problem for report in reports):
             self._flight = None
-            self._give_up(flight)
+            flight.stop()
+            self._gather(None)  # nobody writes anymore
+            self._discard(flight)
             # Again: meanwhile it may have been committed. And nobody goes on before all has gone.
             reports = self._gather(self._report(flight, is_given_up=True))
         elif all(report.is_over for report in reports):
@@ -252,10 +255,7 @@ class Saver:
                 flight.problem = flight.problem or _described(error)
         return _Report(is_over, flight.problem, manifest is not None, is_given_up)
 
-    def _give_up(self, flight: "_Flight") -> None:
-        flight.cancelled.set()
-        if flight.thread is not None:
-            flight.thread.join()
+    def _discard(self, flight: "_Flight") -> None:
         if self._rank == 0 and flight.manifest is None:
             committing.abandon(flight.temporary)
 
@@ -345,6 +345,12 @@ class _Flight:
     problem: str | None = None
     manifest: Manifest | None = None  # on rank 0, once committed
     is_noted: bool = False
+
+    def stop(self) -> None:
+        """Give it up, and wait until this rank writes no more."""
+        self.cancelled.set()
+        if self.thread is not None:
+            self.thread.join()
 
     def is_over_everywhere(self, rank: int) -> bool:
         """Whether it is over here and, as far as the directory tells, on rank 0."""

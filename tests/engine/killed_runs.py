@@ -1,5 +1,6 @@
 """Runs whose ranks are killed at a write point or any other instant, and what is left of them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -78,9 +79,9 @@ class KilledRun:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
         self.save = folder / "save"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         places = {"save": str(self.save), "load": str(self.save)}
-        self.config = neox_config(folder, **TINY, **places, **changes)
+        self.config = neox_config(folder, **(TINY | places | changes))
         self._launches = 0
 
     def launch(self, **changes: Any) -> list[list[str]]:
@@ -179,15 +180,16 @@ class KilledRun:
 
         def rank_main(context: RankContext) -> Any:
             (folder / f"pid-{context.rank}").write_text(str(os.getpid()))
-            output = os.open(folder / f"output-{context.rank}.txt", os.O_CREAT | os.O_WRONLY)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
             watched = watch(context, lambda: _kill_all(folder, context.world_size))
             environment = RankEnvironment(
                 context.rank, context.rank, context.world_size, context.init_method
             )
             on_loss = watched if callable(watched) else lambda loss: None
-            train(resolved, environment, on_loss=on_loss)
+            with (
+                (folder / f"output-{context.rank}.txt").open("w", buffering=1) as output,
+                contextlib.redirect_stdout(output),
+            ):
+                train(resolved, environment, on_loss=on_loss)
             return None if callable(watched) else watched
 
         return run_ranks(rank_main, ranks, folder)
