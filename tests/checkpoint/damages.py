@@ -13,7 +13,15 @@ from pathlib import Path
 from megatron.base.file_digests import digest_file
 from megatron.ledger.manifest import StoredFile, read_manifest, write_manifest
 
-__all__ = ["DAMAGES", "Damage", "files_by_kind", "obey_permissions", "reseal"]
+__all__ = [
+    "DAMAGES",
+    "Damage",
+    "Surroundings",
+    "files_by_kind",
+    "flip_a_bit",
+    "obey_permissions",
+    "reseal",
+]
 
 Damage = Callable[[Path, "Surroundings"], str | None]
 """Damages a file; returns a pattern of what is said of it, None if it can't be done to this one."""

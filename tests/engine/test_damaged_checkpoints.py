@@ -4,12 +4,13 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,20 @@ import pytest
 import yaml
 
 from megatron.base.errors import MegatronError
+from megatron.cli.ledger.main import main
 from megatron.cli.saved_state import Checkpoints
 from megatron.config.load import load_config
 from megatron.engine.distributed import RankEnvironment, connect
+from megatron.ledger.attempts import StepRecord
+from megatron.ledger.manifest import Manifest, read_manifest
 from megatron.ledger.shared_directory import answer_mark
-from tests.checkpoint.damages import DAMAGES, Surroundings, files_by_kind, obey_permissions
+from tests.checkpoint.damages import (
+    DAMAGES,
+    Surroundings,
+    files_by_kind,
+    flip_a_bit,
+    obey_permissions,
+)
 from tests.engine.interrupted_runs import MODEL, SCHEDULE
 from tests.engine.training_runs import neox_config, run_training, world_size
 from tests.worlds import RankContext, run_ranks
@@ -64,6 +74,7 @@ def run(request, tmp_path_factory):
     changes = MODEL | SCHEDULE | TOPOLOGIES[request.param]
     changes |= {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 1}
     changes |= {"train_iters": STEPS, "checkpoint_factor": 1, "eval_iters": 0}
+    changes |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     save = str(folder / "save")
     config = neox_config(folder, **changes, save=save, load=save)
     run_training(config, folder / "launch")
@@ -349,6 +360,66 @@ def test_elsewhere_ancestors_are_tried_and_that_is_said(run, tmp_path):
     assert {one.loaded for one in openings} == {2}
     assert "rolled back from step 3 to step 2" in openings[0].printed
     assert not list(elsewhere.glob(".*")), "a reader's mark is left"
+
+
+def test_what_is_done_again_after_a_roll_back_is_what_an_undisturbed_run_does(run, tmp_path):
+    """Data, random state, schedule and optimizer are those of the checkpoint that is loaded."""
+    save = run.copy(tmp_path)
+    name = sorted(path.name for path in (save / NEWEST).glob("layer_*"))[-1]
+    flip_a_bit(save / NEWEST / name, Surroundings(save / NEWEST, save, random.Random(0)))
+    longer = run.config | {"train_iters": STEPS + 2}
+    undisturbed = run_training(
+        longer | {"save": str(tmp_path / "new"), "load": str(tmp_path / "new")}, tmp_path / "a"
+    )
+    disturbed = run_training(longer | {"save": str(save), "load": str(save)}, tmp_path / "b")
+    assert f"because global_step{STEPS} is damaged: {name} holds other bytes" in disturbed.printed
+    assert [untimed(one) for one in disturbed.records] == [
+        untimed(one) for one in undisturbed.records[STEPS - 1 :]
+    ]
+    newest = read_manifest(save / f"global_step{STEPS + 2}")
+    assert newest is not None
+    assert newest.sequence == STEPS + 3, "the damaged commit keeps its number"
+    assert lineage_of(save, newest) == [STEPS + 2, STEPS + 1, STEPS, STEPS - 1, 1]
+
+
+def untimed(record: StepRecord) -> StepRecord:
+    return replace(record, seconds=0.0)
+
+
+def lineage_of(save: Path, newest: Manifest) -> list[int]:
+    """Follow the parents that manifests name; return the steps."""
+    manifests = [read_manifest(path) for path in save.glob("global_step*")]
+    by_sequence = {one.sequence: one for one in manifests if one is not None}
+    steps = [newest.step]
+    while newest.parent is not None:
+        newest = by_sequence[newest.parent]
+        steps.append(newest.step)
+    return steps
+
+
+def test_a_roll_back_is_obeyed_once_though_its_attempt_was_killed_before_it_knew_of_its_save(
+    run, tmp_path
+):
+    save = run.copy(tmp_path)
+    config = run.config | {"save": str(save), "load": str(save), "iteration": 1, "train_iters": 2}
+    run_training(config, tmp_path / "rolled back")
+    path = save / "attempts" / "0002.json"
+    facts = json.loads(path.read_text())
+    assert [one["step"] for one in facts["committed"]] == [2]
+    path.write_text(json.dumps(facts | {"committed": [], "stop": None}))
+    [openings] = open_runs(run.config, [save], tmp_path / "openings", iteration=1)
+    assert {one.loaded for one in openings} == {2}
+    assert "done by attempt 2, which has saved since (newest: step 2)" in openings[0].printed
+
+
+def test_explain_finds_what_names_and_sizes_tell(run, tmp_path, capsys):
+    save = damaged_copy(run, tmp_path, without_a_file_of(3))
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(run.config | {"save": str(save), "load": str(save)}))
+    assert main(["explain", str(path), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["source"] == str(save / "global_step2")
+    assert plan["reason"].startswith("rolled back from step 3 to step 2 because global_step3 is d")
 
 
 def test_a_checkpoint_of_an_abandoned_branch_is_no_candidate(run, tmp_path):
