@@ -5,6 +5,7 @@ through, as far as they are at hand. A checkpoint's directory alone is enough fo
 lines. Nothing is locked: a run may be writing meanwhile.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,8 +236,14 @@ def _run_id(directory: Path) -> str | None:
     try:
         run = read_run_file(directory)
     except RunDirectoryError:
-        return None
-    return None if run is None else run.run_id
+        run = None
+    if run is not None:
+        return run.run_id
+    # Lost or damaged, for verify to tell; attempts say it too.
+    with contextlib.suppress(RunDirectoryError):
+        attempts = read_all_attempt_facts(directory)
+        return attempts[-1].run_id if attempts else None
+    return None
 
 
 def _parents_directories(parent: Parent | None) -> Iterator[Path]:

@@ -26,6 +26,7 @@ from megatron.ledger.chain import next_chain
 from megatron.ledger.digests import MODULUS, digest_text, digest_value
 from megatron.ledger.ledger_file import Ledger, Span
 from megatron.ledger.lineage import Lineage
+from megatron.ledger.run_file import RUN_FILE, read_run_file
 
 __all__ = ["Finding", "LineageCheck", "check_abandoned", "check_lineage"]
 
@@ -115,7 +116,10 @@ def check_abandoned(save: Path, lineage: Lineage) -> tuple[Finding, ...]:
             findings.append(Finding(path.with_suffix(".json"), None, None, str(error)))
             continue
         if facts is None:
-            continue  # of a release that kept no chain, or it was killed as it began
+            found, chains = _without_facts(path)
+            findings.extend(found)
+            known |= chains
+            continue
         known.add(facts.run_id)
         findings.extend(_check_origin(path, facts, known))
         lines = _read(path, facts.begin.chain, facts.begin.step + 1)
@@ -128,7 +132,39 @@ def check_abandoned(save: Path, lineage: Lineage) -> tuple[Finding, ...]:
         else:
             findings.extend(_check_end(lines, facts))
     findings.extend(_missing_abandoned(save, covered))
+    findings.extend(_check_run_file(save))
     return tuple(findings)
+
+
+def _check_run_file(save: Path) -> Iterator[Finding]:
+    path = save / RUN_FILE
+    try:
+        run = read_run_file(save)
+    except RunDirectoryError as error:
+        yield Finding(path, None, None, str(error))
+        return
+    ids = {facts.run_id for facts in _readable_facts(save)}
+    if run is None and ids:
+        text = f"the file is missing; the attempts are those of run {', '.join(sorted(ids))}"
+        yield Finding(path, None, None, text)
+    elif run is not None and ids - {run.run_id}:
+        others = ", ".join(sorted(ids - {run.run_id}))
+        yield Finding(path, None, None, f"it says run {run.run_id}, attempts say {others}")
+
+
+def _without_facts(path: Path) -> tuple[list[Finding], set[str | None]]:
+    """Return what is wrong with an attempt of lines alone, and the chains of its lines.
+
+    Nothing, if it is of a release that kept no chain, or was killed as it began.
+    """
+    chained = [line for line in _others(path.read_bytes().split(b"\n"), 0).values() if line.chain]
+    steps = [line.record.step for line in chained if isinstance(line.record, StepRecord)]
+    if not chained:
+        return [], set()
+    held = f" of steps {steps[0]}..{steps[-1]}" if steps else ""
+    text = f"the file is missing: what the lines{held} beside it went on from isn't known"
+    finding = Finding(path.with_suffix(".json"), None, steps[0] if steps else None, text)
+    return [finding], {line.chain for line in chained}
 
 
 def _missing_abandoned(save: Path, covered: Container[tuple[str, int]]) -> Iterator[Finding]:
@@ -282,10 +318,11 @@ def _check_end(lines: _Lines, facts: AttemptFacts) -> Iterator[Finding]:
     for step, chain, event in noted:
         if chain not in lines.chains and chain != facts.begin.chain:
             last = lines.good[-1].number if lines.good else 0
+            steps = [one.record.step for one in lines.good if isinstance(one.record, StepRecord)]
             yield Finding(
                 lines.path,
                 None,
-                step,
+                min(step, max(steps, default=facts.begin.step) + 1),
                 f"the attempt {event} after step {step} with chain {chain}, which none of its "
                 f"{last} lines has: the end was cut off",
             )
@@ -340,6 +377,8 @@ def _reason(texts: Sequence[bytes], line: Line, expected: int) -> str:
     }
     if step < expected or (step > expected and expected in later_steps):
         return f"{name} stands where step {expected} is expected: it was moved or changed"
+    if step == expected + 1:
+        return f"the line of step {expected} is missing before it"
     if step > expected:
         return f"the lines of steps {expected}..{step - 1} are missing before it"
     if follows:

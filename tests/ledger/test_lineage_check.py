@@ -85,6 +85,23 @@ def test_a_missing_file_off_the_lineage_is_named(run):
     assert str(finding) == f"{path}: the file is missing; it held steps 5..8"
 
 
+def test_lines_without_the_facts_of_their_attempt_are_named(run):
+    path, _ = lines_of(run, 2)
+    path.with_suffix(".json").unlink()
+    assert only_finding(run) == (
+        f"{path.with_suffix('.json')}: the file is missing: what the lines of steps 5..8 beside it "
+        "went on from isn't known"
+    )
+
+
+def test_a_missing_run_file_is_named_and_the_lines_are_found_all_the_same(run):
+    (run.save / "run.json").unlink()
+    lineage = lineage_of_run(run.save)
+    assert check_lineage(lineage).num_steps == 8
+    [finding] = check_abandoned(run.save, lineage)
+    assert str(finding).startswith(f"{run.save / 'run.json'}: the file is missing; the attempts ")
+
+
 def test_a_checkpoint_without_any_attempts_beside_it_is_no_problem(run):
     for path in (run.save / "attempts").iterdir():
         path.unlink()

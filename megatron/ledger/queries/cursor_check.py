@@ -11,7 +11,7 @@ from megatron.ledger.ledger_file import AcceptedChange, Ledger
 from megatron.ledger.planning.component_ranges import cursors_at
 from megatron.ledger.planning.continuation import same_samples
 
-__all__ = ["Discontinuity", "discontinuities"]
+__all__ = ["Discontinuity", "discontinuities", "unreached"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,31 @@ class Discontinuity:
             f"{self.begins_at} of {self.component}, which was left at {self.cursor}: "
             f"{abs(difference)} samples are {what}"
         )
+
+
+def unreached(ledger: Ledger) -> Iterator[str]:
+    """Yield where a checkpoint's training stream wouldn't go on behind its last step."""
+    state = ledger.streams["train"]
+    if not state.segments.segments:
+        return
+    expected = state.segments.positions(ledger.step + 1).start
+    if state.next_position != expected:
+        yield (
+            f"the train stream goes on at position {state.next_position}, but step {ledger.step} "
+            f"ended before {expected}"
+        )
+        return
+    for name, stream in ledger.streams.items():
+        segment = stream.segments.segments[-1]
+        order = ledger.orders[segment.order_id]
+        position = max(stream.next_position, segment.first_position)
+        for key, cursor in cursors_at(order, segment.order_position(position)).items():
+            noted = stream.cursors.get(key)
+            if noted is not None and noted != cursor:
+                yield (
+                    f"the {name} stream goes on at position {stream.next_position}, where {key} is "
+                    f"at its sample {cursor}, but its cursor is noted as {noted}"
+                )
 
 
 def discontinuities(ledger: Ledger, stream: str) -> Iterator[Discontinuity]:

@@ -21,7 +21,7 @@ from megatron.ledger.attempts import StepRecord, attempt_lines_path, read_lines
 from megatron.ledger.digests import MODULUS, batch_digest, digest_text, digest_value
 from megatron.ledger.ledger_file import Span
 from megatron.ledger.lineage_check import Finding, check_abandoned, check_lineage
-from megatron.ledger.queries.cursor_check import discontinuities
+from megatron.ledger.queries.cursor_check import discontinuities, unreached
 from megatron.ledger.queries.findings import Problem, Report
 from megatron.ledger.queries.run_data import RunData
 from megatron.ledger.queries.run_view import RunView
@@ -127,10 +127,33 @@ def _problem(finding: Finding) -> Problem:
 
 
 def _check_cursors(run: RunView, found: _Findings) -> None:
+    spans = run.ledger.spans
+    if spans and spans[-1].digest_sum:  # of a checkpoint, not of lines that go on from one
+        last = run.ledger.step
+        found.problems += [Problem("positions", last, text) for text in unreached(run.ledger)]
+        found.problems += _misplaced_evaluations(run, found)
     for stream in run.ledger.streams:
         for one in discontinuities(run.ledger, stream):
             step = one.step if stream == "train" else None
             found.problems.append(Problem("positions", step, one.text))
+
+
+def _misplaced_evaluations(run: RunView, found: _Findings) -> Iterator[Problem]:
+    """Yield evaluation streams that a checkpoint doesn't leave where their last line ended."""
+    if not found.is_readable or any(run.lineage.unrecorded()):
+        return
+    ends: dict[str, int] = {}
+    for record in run.lineage.evaluations():
+        if not record.at_end:
+            ends[record.stream] = record.position + record.samples
+    for name, end in ends.items():
+        state = run.ledger.streams[name]
+        if state.next_position != end:
+            text = (
+                f"the {name} stream goes on at position {state.next_position}, but the last "
+                f"evaluation ended at {end}"
+            )
+            yield Problem("positions", run.ledger.step, text)
 
 
 def _check_steps_done_again(run: RunView, found: _Findings) -> None:

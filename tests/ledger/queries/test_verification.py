@@ -141,6 +141,33 @@ def test_a_segment_that_repeats_samples_is_named(eventful, tmp_path):
     assert "3 samples are repeated" in problem.text
 
 
+@pytest.mark.parametrize(
+    ("stream", "change", "said"),
+    [
+        (
+            "train",
+            {"next_position": 1},
+            "the train stream goes on at position 1, but step 24 ended",
+        ),
+        ("valid", {"next_position": 1}, "the valid stream goes on at position 1, where "),
+        ("train", {"cursors": 7}, "but its cursor is noted as 7"),
+    ],
+)
+def test_a_checkpoint_that_would_go_on_elsewhere_is_named(copied, stream, change, said):
+    checkpoint = copied / "global_step24"
+    ledger = read_ledger(checkpoint)
+    state = ledger.streams[stream]
+    if "cursors" in change:
+        change = {"cursors": dict.fromkeys(state.cursors, change["cursors"])}
+    streams = {**ledger.streams, stream: dataclasses.replace(state, **change)}
+    assert verified(checkpoint).exit_status == 0
+    write_ledger(checkpoint, dataclasses.replace(ledger, streams=streams))
+    report = verified(checkpoint)
+    assert report.exit_status == 1
+    assert {(one.check, one.step) for one in report.problems} == {("positions", 24)}
+    assert said in report.problems[0].text
+
+
 def test_a_change_that_was_accepted_is_reported_as_a_break(tmp_path):
     run = SimulatedRun(tmp_path / "save", [write_corpus(tmp_path / "corpus")])
     run.launch(6, saves=[6], train_iters=12, stop="signal")
