@@ -31,11 +31,11 @@ from megatron.checkpoint.engine_optimizer import (
     require_matching_masters,
     zero_file_of,
 )
-from megatron.checkpoint.parameter_state import gradient_multiple_notice, gradient_multiple_of
 from megatron.checkpoint.resharding import Resharding, apply_resharding, prepare_resharding
 from megatron.checkpoint.rng import require_rng_states, restore_rng_states
 from megatron.checkpoint.safe_torch import read_torch_file
 from megatron.checkpoint.stored import StoredCheckpoint, model_states_file
+from megatron.checkpoint.stored_optimizer import gradient_multiple_notice, gradient_multiple_of
 from megatron.checkpoint.weights import LayerWeights, copy_weights, read_weights
 
 __all__ = ["RESHAPED_FROM", "LoadSettings", "LoadedState", "load_checkpoint", "load_weights"]
