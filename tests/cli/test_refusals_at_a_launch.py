@@ -60,3 +60,42 @@ def test_a_bad_configuration_starts_nothing(tmp_path):
         "  - train_batch_size=7 (a.yml) must be a multiple of micro batch 2 x data-parallel size 2 "
         "= 4; nearest: 4, 8",
     ]
+
+
+def test_a_damaged_checkpoint_is_told_and_without_a_good_one_the_job_ends_with_a_status(tmp_path):
+    write_dataset(tmp_path / "text")
+    run = {
+        "num_gpus": 2,
+        "model_parallel_size": 2,
+        "pipe_parallel_size": 1,
+        "save": str(tmp_path / "saved"),
+        "load": str(tmp_path / "saved"),
+        "checkpoint_factor": 1,
+        "eval_iters": 0,
+        "lr_decay_iters": 10,
+    }
+    assert launch(tmp_path, **run, train_iters=2).returncode == 0
+    newest = tmp_path / "saved" / "global_step2"
+    content = bytearray((newest / "layer_02-model_01-model_states.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "layer_02-model_01-model_states.pt").write_bytes(content)
+
+    ended = launch(tmp_path, **run, train_iters=3)
+    assert ended.returncode == 0, ended.stderr
+    problem = "layer_02-model_01-model_states.pt holds other bytes than were written"
+    assert f"NOT LOADED: {newest}: {problem}" in ended.stdout
+    told = f"rolled back from step 2 to step 1 because global_step2 is damaged: {problem}"
+    assert told in ended.stdout
+    assert f"loaded {tmp_path}/saved/global_step1, iteration 1" in ended.stdout
+
+    checkpoints = sorted((tmp_path / "saved").glob("global_step*"))
+    for checkpoint in checkpoints:
+        (checkpoint / "mp_rank_01_model_states.pt").unlink()
+    before = sorted((tmp_path / "saved").rglob("*"))
+    ended = launch(tmp_path, **run, train_iters=4)
+    assert ended.returncode == 1
+    assert "no checkpoint of the run can be loaded, and nothing is deleted" in ended.stderr
+    for checkpoint in checkpoints:
+        assert f"{checkpoint}: mp_rank_01_model_states.pt is missing" in ended.stderr
+    assert sorted((tmp_path / "saved").rglob("*")) == before
+    assert "Traceback" not in ended.stderr
