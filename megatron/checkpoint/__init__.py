@@ -1,6 +1,10 @@
 """Checkpoints in NeoX's layout: written through DeepSpeed, read by us.
 
-save             one checkpoint: hidden while it is written, named when it is complete
+save             one checkpoint, waited for
+saver            checkpoints that are written while training goes on
+save_settings    what all checkpoints of a run have in common
+snapshot         the state of a running training, copied
+hashed_file      a file whose digest is known when it is written
 load             a full resume at the topology that wrote it, or weights into any
 weights          layer files (or a sequential module file) -> live module, at any TP and PP
 stored           what a checkpoint directory holds, and who wrote it

@@ -83,6 +83,7 @@ class Saver:
         self._lease = lease
         self._attempt = attempt
         self._parent = parent
+        self._last_sequence: int | None = None
         self._buffers = SnapshotBuffers() if is_async else None
         self._flight: _Flight | None = None
         self.committed_step: int | None = None
@@ -304,6 +305,8 @@ class Saver:
         if snapshot.has_recovery_scripts:
             place_recovery_scripts(settings.directory, flight.temporary)
             reach("save: recovery scripts placed")
+        # Looked up in the directory once, and after a failure; otherwise this job alone counts on.
+        last, self._last_sequence = self._last_sequence, None
         manifest = committing.commit(
             flight.temporary,
             flight.step,
@@ -313,7 +316,9 @@ class Saver:
             attempt=self._attempt,
             parent=self._parent,
             lease=self._lease,
+            sequence=None if last is None else last + 1,
         )
+        self._last_sequence = manifest.sequence
         flight.manifest = manifest
         if settings.keep_last_n is not None:
             delete_expired(

@@ -57,7 +57,7 @@ def open_saver(
         rank=groups.rank,
         world_size=groups.topology.world_size,
         gather=groups.gather,
-        lease=lease if isinstance(lease, Lease) else None,
+        lease=lease,
         attempt=journal.attempt,
         parent=journal.previous_sequence,
         is_async=_is_async(config, engine),

@@ -5,5 +5,7 @@ deepspeed_config what DeepSpeed is told
 assembly         planned layers -> DeepSpeed engine with our optimizer and schedule
 steps            one training step, one evaluation
 loop             steps, saves and evaluations in NeoX's order
+saving           what a save records, and what a failed one means
+termination      SIGTERM while a checkpoint is being written
 reports          console lines, TensorBoard, Weights & Biases
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron.base.errors import MegatronError
+from megatron.base.errors import CheckpointError, MegatronError
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
 from megatron.engine.reports import Reporter
@@ -191,3 +191,8 @@ def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> N
         training.reporter.evaluation("test", loss, step=step, when=when)
     if saving is not None:
         saving.finish()
+        if step > 0 and not is_loaded and saving.committed_step != step:
+            raise CheckpointError(
+                f"training is done, but its last checkpoint, of step {step}, could not be saved; "
+                "start the same command again when it can"
+            )

@@ -174,3 +174,31 @@ def test_a_disk_too_small_for_a_checkpoint_is_found_out_beforehand(mounted, run)
         run.launch()
     assert hidden_names(run.save) == []
     assert stop_reason(run.save) == "failed: CheckpointError"
+
+
+def test_a_last_checkpoint_that_is_missing_is_an_error_whatever_the_user_says(run):
+    def watch(context: RankContext) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+        def limit() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM_BYTES, resource.RLIM_INFINITY))
+
+        if context.rank == 1:
+            write_points.install(nth("save: file opened", 5 * FILES[1], limit))
+
+    with pytest.raises(WorldFailed, match="its last checkpoint, of step 10, could not be saved"):
+        run.launch_watched(watch, on_save_error="continue")
+    assert newest_committed(run.save) == 8
+
+
+def test_a_run_that_lost_its_directory_ends_whatever_the_user_says(run):
+    def watch(context: RankContext) -> None:
+        def take_over() -> None:
+            (run.save / "lock.json").write_text("another job's")
+
+        if context.rank == 0:
+            write_points.install(nth("commit: manifest written", 2, take_over))
+
+    with pytest.raises(WorldFailed, match="is no longer this job's"):
+        run.launch_watched(watch, on_save_error="continue")
+    assert list_checkpoints(run.save) == [LAST_GOOD]
