@@ -130,6 +130,25 @@ def test_shard_and_bytes_take_a_file(folder, ask, ask_json):
     assert "go beyond its end" in err
 
 
+def test_a_file_is_known_by_its_name_too(folder, ask):
+    assert ask("shard", "corpus.bin")[1] == ask("shard", folder / "corpus.bin")[1].replace(
+        str(folder / "corpus.bin"), "corpus.bin"
+    )
+
+
+def test_a_rank_that_the_step_had_not_is_said(ask):
+    status, out, err = ask("step", 3, "--rank", 7)
+    assert status == 0
+    assert rows_of(out, "position") == []
+    assert "no sample of the step is there; it has data-parallel ranks 0.." in err
+
+
+def test_steps_that_are_not_done_yet_cannot_be_verified(ask):
+    status, out, _ = ask("verify", "--steps", "20..30")
+    assert status == 2
+    assert "unknown    step 30 isn't done yet: the lineage ends with step 24" in out
+
+
 def test_verify_says_what_was_looked_at(ask, ask_json, folder, tmp_path):
     status, out, _ = ask("verify")
     assert status == 0

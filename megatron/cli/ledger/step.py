@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
         print_json(answer.as_json(chosen, missing))
     else:
         answer.print(chosen)
+        if not chosen:
+            note(f"no sample of the step is there; it has {_extent_of(answer)}")
         if missing is not None:
             note(f"documents and bytes are not known: {missing}")
     return 0
@@ -214,6 +216,13 @@ class _Answer(_Parts):
         identity = self.frame.order.components[draw.component].dataset
         known = self.view.ledger.datasets.get(identity)
         return identity if known is None else known.path
+
+
+def _extent_of(answer: _Answer) -> str:
+    slots = answer.slots or ()
+    ranks = max((slot.data_parallel_rank for slot in slots), default=0)
+    micro_steps = max((slot.micro_step for slot in slots), default=0)
+    return f"data-parallel ranks 0..{ranks} and micro steps 0..{micro_steps}"
 
 
 def _loss(loss: float) -> str:

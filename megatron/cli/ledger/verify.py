@@ -84,7 +84,7 @@ def _print(report: Report, *, is_data_asked: bool) -> None:
         f"recorded   {counted(report.recorded, 'step')} and "
         f"{counted(report.evaluations, 'evaluation')}, each line continuing the one before"
         if not _has(report, "lines")
-        else f"recorded   {counted(report.recorded, 'step')} up to the first line that doesn't fit"
+        else f"recorded   {counted(report.recorded, 'step')} with lines that fit; not all do"
     )
     if not _has(report, "positions") and not _has(report, "lines"):
         say("positions  every one consumed once (no repeat, no skip)")

@@ -130,10 +130,16 @@ def choose_dataset(notes: dict[str, DatasetNote], name: str | None) -> str:
 def find_shard(notes: dict[str, DatasetNote], data: RunData, file: Path) -> ShardBytes:
     """Return what bytes of which dataset a token file holds.
 
+    Args:
+        notes: the run's datasets.
+        data: where they lie.
+        file: its path, or its name if no other file of the run has it.
+
     Raises:
-        DatasetError: it is no file of any dataset of the run.
+        DatasetError: it is no file of any dataset of the run, or it may be several.
     """
     problems = []
+    named: dict[Path, ShardBytes] = {}
     for identity in notes:
         try:
             shards = data.dataset(identity).tokens.shards
@@ -141,10 +147,21 @@ def find_shard(notes: dict[str, DatasetNote], data: RunData, file: Path) -> Shar
             problems.append(str(error))
             continue
         for shard in shards:
+            found = ShardBytes(identity, shard.start, shard.stop)
             if shard.path.resolve() == file.resolve():
-                return ShardBytes(identity, shard.start, shard.stop)
+                return found
+            if shard.path.name == str(file):
+                named.setdefault(shard.path.resolve(), found)
+    if len(named) == 1:
+        return next(iter(named.values()))
+    if named:
+        paths = ", ".join(map(str, sorted(named)))
+        raise DatasetError(f"{file} is the name of several files: {paths}; name one by its path")
+    known = ", ".join(sorted(note.path for note in notes.values()))
     missing = "".join(f"; {problem}" for problem in problems)
-    raise DatasetError(f"{file} is no token file of a dataset that the run reads{missing}")
+    raise DatasetError(
+        f"{file} is no token file of a dataset that the run reads; it reads {known}{missing}"
+    )
 
 
 def consumers_of_document(

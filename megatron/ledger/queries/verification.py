@@ -75,6 +75,11 @@ def verify(
     if unrecorded:
         ranges = ", ".join(map(str, unrecorded))
         lines.unknown.append(f"the lines of steps {ranges} are not here")
+    if data is not None and extent.steps is not None and extent.steps.stop - 1 > run.ledger.step:
+        lines.unknown.append(
+            f"step {extent.steps.stop - 1} isn't done yet: the lineage ends with step "
+            f"{run.ledger.step}"
+        )
     _check_cursors(run, lines)
     _check_steps_done_again(run, lines)
     if data is not None:
