@@ -1,5 +1,6 @@
 """Two training runs that want one save directory: real processes, paused and killed."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -44,6 +45,7 @@ class Writer:
             self._halted.write_text(str(os.getpid()))
             if is_paused:
                 os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.5)  # this thread may be the last of the process to stop
             else:
                 time.sleep(PATIENCE_S)
 
@@ -80,7 +82,10 @@ class Writer:
         return self._error.read_text() if self._error.exists() else ""
 
     def kill(self) -> None:
-        os.kill(self._rank, signal.SIGKILL)
+        """End it, if it hasn't ended."""
+        if self._process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._rank, signal.SIGKILL)
         self._process.join(PATIENCE_S)
 
 
@@ -107,6 +112,20 @@ def run(tmp_path) -> KilledRun:
     return KilledRun(tmp_path / "run", train_iters=6, lr_decay_iters=6)
 
 
+@pytest.fixture
+def write():
+    """Start a :class:`Writer`; it never outlives the test."""
+    writers = []
+
+    def begin(*arguments, **options) -> Writer:
+        writers.append(Writer(*arguments, **options))
+        return writers[-1]
+
+    yield begin
+    for writer in writers:
+        writer.kill()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     run = KilledRun(tmp_path_factory.mktemp("undisturbed") / "run", train_iters=6, lr_decay_iters=6)
@@ -115,8 +134,10 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", PAUSES)
-def test_a_paused_run_is_taken_over_and_damages_nothing_when_it_wakes(run, undisturbed, point):
-    paused = Writer(run, point, is_paused=True)
+def test_a_paused_run_is_taken_over_and_damages_nothing_when_it_wakes(
+    run, write, undisturbed, point
+):
+    paused = write(run, point, is_paused=True)
     assert newest_committed(run.save) == 2
     run.launch_watched(with_timeout(0.5))
     assert loaded_step(run.save) == 2
@@ -130,9 +151,9 @@ def test_a_paused_run_is_taken_over_and_damages_nothing_when_it_wakes(run, undis
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_goes_on_when_it_is_killed(
-    run, undisturbed
+    run, write, undisturbed
 ):
-    first = Writer(run, PAUSES[0], is_paused=False)
+    first = write(run, PAUSES[0], is_paused=False)
     with pytest.raises(WorldFailed, match=r"is in use by process \d+ on .*: two jobs must not"):
         run.launch()
     first.kill()
