@@ -4,7 +4,7 @@ Each rank reads its share of the files, so that every byte is read once, and all
 same verdict before anything is loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.base.errors import MegatronError
@@ -46,18 +46,17 @@ def verify_together(
     """
 
     def look() -> list[str]:
-        if rank != 0:
-            return []
         problem = problem_without_bytes(
             checkpoint, is_numbered=is_numbered, needs_optimizer=needs_optimizer
         )
         return [] if problem is None else [problem]
 
-    return (
-        _difference_of_view(checkpoint, gather)
-        or _together(look, gather)
-        or _together(lambda: _problems_of_share(checkpoint, rank, world_size), gather)
-    )
+    first_look = gather((_view(checkpoint), _caught(look) if rank == 0 else []))
+    problem = _difference([view for view, _ in first_look]) or in_one_line(first_look[0][1])
+    if problem is not None:
+        return problem
+    of_ranks = gather(_caught(lambda: _problems_of_share(checkpoint, rank, world_size)))
+    return in_one_line(list(dict.fromkeys(one for problems in of_ranks for one in problems)))
 
 
 def problem_without_bytes(
@@ -70,23 +69,28 @@ def problem_without_bytes(
     return problem
 
 
-def _difference_of_view(checkpoint: Path, gather: Gather) -> str | None:
-    """Find nodes that see another directory under the same path, or an old state of it."""
+def _view(checkpoint: Path) -> str:
+    """Say which checkpoint this rank sees."""
+    if not checkpoint.is_dir():
+        return "no such directory"
     try:
         manifest = read_manifest(checkpoint)
-        seen = "none" if manifest is None else f"that of commit {manifest.sequence}"
-        if not checkpoint.is_dir():
-            seen = "no such directory"
     except (MegatronError, OSError):
-        seen = "a damaged one"
-    of_ranks = gather(seen)
-    if len(set(of_ranks)) == 1:
-        return None
-    other = next(rank for rank, one in enumerate(of_ranks) if one != of_ranks[0])
-    return (
-        f"ranks don't see the same {MANIFEST_FILE}: rank 0 sees {of_ranks[0]}, rank {other} "
-        f"{of_ranks[other]}; it must lie on a file system that all nodes share"
-    )
+        return f"a damaged {MANIFEST_FILE}"
+    if manifest is None:
+        return f"no {MANIFEST_FILE}"
+    return f"the {MANIFEST_FILE} of commit {manifest.sequence}"
+
+
+def _difference(views: Sequence[str]) -> str | None:
+    """Find nodes that see another directory under the same path, or an old state of it."""
+    for rank, view in enumerate(views):
+        if view != views[0]:
+            return (
+                f"ranks don't see the same: rank 0 {views[0]}, rank {rank} {view}; it must lie on "
+                "a file system that all nodes share"
+            )
+    return None
 
 
 def _problems_of_share(checkpoint: Path, rank: int, world_size: int) -> list[str]:
@@ -96,11 +100,10 @@ def _problems_of_share(checkpoint: Path, rank: int, world_size: int) -> list[str
     return checksum_problems(checkpoint, share_by_size(torch_files(checkpoint), rank, world_size))
 
 
-def _together(look: Callable[[], list[str]], gather: Gather) -> str | None:
+def _caught(look: Callable[[], list[str]]) -> list[str]:
+    """Return the problems found; a failure is one too, for the peers wait for an answer."""
     try:
-        found = look()
-    except Exception as error:  # noqa: BLE001 - the peers wait for this rank's answer
+        return look()
+    except Exception as error:  # noqa: BLE001 - told as a problem
         is_known = isinstance(error, MegatronError | OSError)
-        found = [str(error) if is_known else f"{type(error).__name__}: {error}"]
-    of_all = [problem for problems in gather(found) for problem in problems]
-    return in_one_line(list(dict.fromkeys(of_all)))
+        return [str(error) if is_known else f"{type(error).__name__}: {error}"]

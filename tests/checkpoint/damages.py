@@ -61,8 +61,8 @@ def flip_a_bit(path: Path, around: Surroundings) -> str:
     content[position] ^= 1 << around.chance.randrange(8)
     path.write_bytes(content)
     return {
-        "manifest.json": "is not a manifest|checksum doesn't fit|is not known|cannot be read",
-        "ledger.json": "holds other bytes than were written|ledger",
+        "manifest.json": "is not a manifest|checksum doesn't fit|is not known|is not UTF-8 text",
+        "ledger.json": "ledger.json",  # read before its digest is looked at
     }.get(path.name, "holds other bytes than were written")
 
 
