@@ -34,6 +34,8 @@ __all__ = [
 
 FOREIGN = 0
 """Stands for the attempt that wrote NeoX's checkpoints; ours count from 1."""
+UNRECORDED = -1
+"""Stands for an attempt of ours that kept no ledger."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,8 @@ class _Commits:
         manifest, ledger = directory.manifest, directory.ledger
         self._present[number] = step
         writer = (FOREIGN, step) if ledger is None else _writer(ledger.spans, step)
-        if manifest is not None and manifest.attempt is not None:
-            writer = manifest.attempt, step
+        if manifest is not None:
+            writer = (UNRECORDED if manifest.attempt is None else manifest.attempt), step
         self._writers.setdefault(number, writer)
         if manifest is not None:
             self._note_parent(number, manifest.parent)

@@ -33,7 +33,7 @@ from tests.checkpoint.damages import (
     obey_permissions,
 )
 from tests.engine.interrupted_runs import MODEL, SCHEDULE
-from tests.engine.training_runs import neox_config, run_training, world_size
+from tests.engine.training_runs import ORACLE, neox_config, run_training, world_size
 from tests.worlds import RankContext, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -445,3 +445,14 @@ def test_nodes_with_directories_of_their_own_are_found_out(run, tmp_path, monkey
         message
     )
     assert "does not see what rank 0 wrote there" in message
+
+
+def test_neoxs_checkpoint_that_a_run_adopted_in_place_is_its_ancestor(tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(ORACLE / "ckpt_a", save, copy_function=shutil.copyfile)
+    config = neox_config(tmp_path, "a", save=str(save), load=str(save), checkpoint_factor=2)
+    run_training(config | {"train_iters": 12, "lr_decay_iters": 20}, tmp_path / "launch")
+    (save / "global_step12" / "mp_rank_00_model_states.pt").unlink()
+    [openings] = open_runs(config, [save], tmp_path / "openings", lr_decay_iters=20)
+    assert {one.loaded for one in openings} == {10}, openings
+    assert "rolled back from step 12 to step 10" in openings[0].reason

@@ -281,3 +281,11 @@ def test_whatever_is_damaged_latest_comes_first_and_nothing_known_as_abandoned_c
             sequence = seen.there[step].sequence
             is_known = step in seen.manifests or step in seen.ledgers
             assert not (is_known and sequence and before < sequence < later.sequence)
+
+
+def test_commits_of_a_script_that_records_nothing_are_a_lineage_too():
+    directories = [
+        Directory(step=step, manifest=ManifestPlace(sequence=step, attempt=None, parent=parent))
+        for step, parent in [(1, None), (2, 1), (3, 1)]
+    ]
+    assert [one.step for one in ordered_candidates(None, directories, [])] == [3, 1]
