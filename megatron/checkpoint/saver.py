@@ -205,12 +205,15 @@ class Saver:
 
     def _begin(self, step: int) -> Path:
         directory = self._settings.directory
-        token = self._gather(committing.new_token() if self._rank == 0 else None)[0]
-        all_or_none(
-            lambda: committing.begin(directory, step, token) if self._rank == 0 else None,
-            self._gather,
-        )
-        return temporary_path(directory, step, token)
+        token, problem = committing.new_token(), None
+        if self._rank == 0:
+            try:
+                committing.begin(directory, step, token)
+            except OSError as error:
+                problem = str(error)
+        answers = self._gather((token, problem))
+        require_agreement(None, lambda _: [answer[1] for answer in answers])
+        return temporary_path(directory, step, answers[0][0])
 
     def _require_space(self, step: int, snapshot: Snapshot) -> None:
         """Fail before a disk is filled on which the run's own record has to grow too."""

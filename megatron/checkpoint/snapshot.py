@@ -134,13 +134,15 @@ class _Collector(CheckpointEngine):
         original, engine.checkpoint_engine = engine.checkpoint_engine, self
         # It would copy scripts into `save` here, on rank 0 alone, and raise there alone.
         engine._copy_recovery_script = self._note_recovery_scripts
+        # It would compare the tag between all ranks, which had it from one.
+        engine._checkpoint_tag_validation = lambda tag: None
         reuse = contextlib.nullcontext() if self._buffers is None else self._buffers.reused()
         try:
             with reuse:
                 yield
         finally:
             engine.checkpoint_engine = original
-            del engine._copy_recovery_script
+            del engine._copy_recovery_script, engine._checkpoint_tag_validation
 
     def _note_recovery_scripts(self, save: str) -> None:
         self.has_recovery_scripts = True
