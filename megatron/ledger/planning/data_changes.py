@@ -143,9 +143,9 @@ def _blend_changes(
 ) -> list[Change]:
     before = {component.key: component for component in stream.order.components}
     now = {component.key: component for component in after.components}
-    changes = []
+    redealt, changes = _redealt(name, before, now, stream)
     for key, component in now.items():
-        if key in before:
+        if key in before or component.dataset in redealt:
             continue
         returns = stream.state.cursors.get(key, 0) > 0
         what = f"{component_name(component, notes, after)}, from its sample {component.start}"
@@ -153,7 +153,7 @@ def _blend_changes(
             Change("dataset returned" if returns else "dataset added", name, what, "new segment")
         )
     for key, component in before.items():
-        if key not in now:
+        if key not in now and component.dataset not in redealt:
             kept = stream.state.cursors.get(key, 0)
             what = f"{component_name(component, notes, stream.order)}, its sample {kept} is next"
             changes.append(Change("dataset removed", name, what, "new segment"))
@@ -165,6 +165,34 @@ def _blend_changes(
         shown = [", ".join(f"{weight:.6g}" for weight in side.values()) for side in weights]
         changes.append(Change("weights", name, f"{shown[0]} -> {shown[1]}", "new segment"))
     return changes
+
+
+def _redealt(
+    name: StreamName,
+    before: Mapping[str, ComponentDescription],
+    now: Mapping[str, ComponentDescription],
+    stream: StreamPast,
+) -> tuple[set[str], list[Change]]:
+    """Return the datasets of which a stream reads other documents than before, and that in words.
+
+    Of the training stream it is said already: there is no exact continuation.
+    """
+    redealt: dict[str, Change] = {}
+    for component in now.values():
+        was = [
+            one
+            for key, one in before.items()
+            if one.dataset == component.dataset and key not in now
+        ]
+        if not was or component.key in before or stream.state.cursors.get(component.key, 0):
+            continue
+        documents = [
+            f"{one.first_document}..{one.stop_document - 1}" for one in (was[0], component)
+        ]
+        if documents[0] != documents[1]:
+            detail = f"documents {documents[0]} -> {documents[1]}"
+            redealt[component.dataset] = Change("split", name, detail, "new segment")
+    return set(redealt), [] if name == "train" else list(redealt.values())
 
 
 def _weights(order: OrderDescription) -> dict[str, float]:
