@@ -153,7 +153,8 @@ def test_a_holder_elsewhere_is_given_90_seconds_by_the_observers_clock(save, els
     lease.require_held()
 
 
-def test_a_heartbeat_from_elsewhere_refuses_and_ends_the_waiting(save, other_job):
+def test_a_heartbeat_from_elsewhere_refuses_and_ends_the_waiting(save):
+    acquire(save)
     edit(save, host="node-17")
     clock = Clock()
     path = save / "lock.json"
