@@ -136,7 +136,7 @@ def _entries(directory: bytes, count: int) -> Iterator[tuple[str, int, int, int]
         entry = _ENTRY.unpack_from(directory, place)
         flags, method, checksum, stored, size = entry[3], entry[4], *entry[7:10]
         name_length, extra_length, comment_length, header = *entry[10:13], entry[16]
-        if entry[0] != b"PK\x01\x02":
+        if entry[0] != b"PK\x01\x02" or entry[13]:  # the number of its disk
             raise ValueError("the archive's directory is damaged")
         start = place + _ENTRY.size
         name = _decoded(directory[start : start + name_length])

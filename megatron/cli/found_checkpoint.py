@@ -253,7 +253,11 @@ def _config_then(
     config: RunConfig, checkpoint: Path, world_size: int, assumed: list[str]
 ) -> tuple[RunConfig, DescribedData]:
     """Return the configuration saved with a checkpoint, with its data where it lies now."""
-    files = sorted((checkpoint / "configs").glob("*.y*ml"))
+    files = sorted(
+        path
+        for path in (checkpoint / "configs").glob("*.y*ml")
+        if path.is_file() and not path.is_symlink()  # a FIFO would be waited for
+    )
     if not files:
         assumed.append("its data keys are this launch's: no configuration was saved with it")
         return config, described_data(config)

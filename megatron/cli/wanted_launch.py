@@ -221,7 +221,7 @@ def _content_digest(name: str) -> str:
             files = sorted(one for one in path.rglob("*") if one.is_file())
             lines = [f"{one.relative_to(path)} {_file_digest(one)}" for one in files]
             return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        if path.exists():
+        if path.is_file():  # a checkpoint's configuration may name a device, which never ends
             return _file_digest(path)
     except OSError as error:
         raise ConfigError(f"tokenizer file {error.filename} cannot be read: {error}") from error

@@ -1,6 +1,8 @@
 """A checkpoint with one malicious file: whoever reads it refuses it by name, and nothing runs."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,28 @@ def test_a_stored_configuration_that_names_python_objects_runs_nothing(tmp_path,
     assert verify([str(target)]) == 0  # nothing reads it there
     capsys.readouterr()
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("a FIFO", "configs/b.yml: neither a file nor a directory"),
+        ("a device named in it", "its data "),  # something had to be assumed
+    ],
+)
+def test_a_stored_configuration_that_never_ends_is_not_waited_for(what, told, tmp_path, capsys):
+    target = tmp_path / "save/global_step10"
+    shutil.copytree(TP2_PP2, target, copy_function=shutil.copyfile)
+    (target.parent / "latest").write_text(target.name)
+    stored = target / "configs" / "b.yml"
+    if what == "a FIFO":
+        stored.unlink()
+        os.mkfifo(stored)
+    else:
+        keys = yaml.safe_load(stored.read_text())
+        stored.write_text(yaml.safe_dump({**keys, "vocab_file": "/dev/zero"}))
+    signal.alarm(30)  # ends the process instead of a test that hangs
+    ledger(["explain", str(config(tmp_path, tmp_path / "save"))])
+    signal.alarm(0)
+    printed = capsys.readouterr()
+    assert told in printed.out + printed.err
