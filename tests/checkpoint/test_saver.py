@@ -212,6 +212,7 @@ def test_a_save_that_takes_too_long_is_given_up_on_all_ranks(tmp_path):
         assert not saver.finish(timeout_s=0.3 if context.rank == 1 else None)
         run.groups.barrier()
         seen = list_checkpoints(save), hidden(save)
+        run.groups.barrier()
         saver.save(2)
         assert saver.finish()
         return seen
