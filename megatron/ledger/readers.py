@@ -139,7 +139,7 @@ def _file_system_time(directory: Path) -> float:
 
     Machines' clocks may differ by more than a mark's age limit; a file server has one.
     """
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".clock-") as file:
+    with tempfile.TemporaryFile(dir=directory, prefix=".clock-") as file:  # has no name, on Linux
         file.write(b"?")
         file.flush()
         return os.fstat(file.fileno()).st_mtime
