@@ -186,6 +186,7 @@ def test_a_checkpoint_alone_is_compared_by_its_sums(eventful, tmp_path):
     assert report.exit_status == 2
     assert report.problems == ()
     assert report.unknown == ("the lines of steps 1..10, 11..15, 16..24 are not here",)
+    assert report.recomputed == tuple(range(1, 25))
 
     ledger = read_ledger(checkpoint)
     spans = (*ledger.spans[:2], dataclasses.replace(ledger.spans[2], digest_sum="0" * 16))
