@@ -3,9 +3,13 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron.base import write_points
 from megatron.cli.exit_status import run_command
@@ -25,6 +29,7 @@ from tests.worlds import WorldFailed
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).parents[2]
 FILES = (4, 5)  # of a save, by rank
 
 
@@ -82,6 +87,46 @@ def test_without_a_save_in_flight_a_rank_ends_at_once(run):
     with pytest.raises(WorldFailed, match="rank 0: died without an answer"):
         run.launch_watched(lambda context: lambda loss: os.kill(os.getpid(), signal.SIGTERM))
     assert stop_reason(run.save) is None
+
+
+SLOW_SAVES = """
+import sys, time
+from pathlib import Path
+
+from megatron.base import write_points
+from megatron.cli.exit_status import run_command
+from megatron.cli.train import main
+
+
+def slow(name):
+    if name == "save: file opened":
+        Path(__file__).with_name("is saving").touch()
+        time.sleep(0.3)
+
+
+write_points.install(slow)
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.kill
+@pytest.mark.launcher
+def test_the_launcher_passes_it_on_and_its_status_says_so(run):
+    script, config = run.folder / "slow_train.py", run.folder / "run.yml"
+    script.write_text(SLOW_SAVES)
+    config.write_text(yaml.safe_dump(run.config))
+    command = [sys.executable, str(ROOT / "deepy.py"), str(script), str(config)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
+        while not (run.folder / "is saving").exists():
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        launcher.send_signal(signal.SIGTERM)
+        _, told = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "the checkpoint of step 4 is complete" in told
+    assert newest_committed(run.save) == 4
+    assert stop_reason(run.save) == "terminated"
+    assert hidden_names(run.save) == []
 
 
 def ended_by(command) -> int | None:
