@@ -110,7 +110,7 @@ def _directory(file: BufferedReader, size: int) -> tuple[int, int, int]:
         locator = _LOCATOR64.unpack(_read(file, locator_start, _LOCATOR64.size))
         if locator[0] == b"PK\x06\x07":
             stop = locator_start - _END64.size
-            if locator[2] != stop or stop < 0:
+            if locator[1] or locator[2] != stop or locator[3] != 1 or stop < 0:
                 raise ValueError("the archive's two ends contradict each other")
             values = _END64.unpack(_read(file, stop, _END64.size))
             if values[0] != b"PK\x06\x06":
