@@ -39,7 +39,15 @@ def server() -> Iterator[str]:
 def _end_threads_of_fsspec() -> None:
     """Later tests fork worlds of ranks from this process: it must not keep threads."""
     loop, thread = fsspec.asyn.loop[0], fsspec.asyn.iothread[0]
-    asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
+
+    async def end_tasks() -> None:  # parts of a copy that was given up
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await loop.shutdown_default_executor()
+
+    asyncio.run_coroutine_threadsafe(end_tasks(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     fsspec.asyn.loop[0] = fsspec.asyn.iothread[0] = None
