@@ -117,9 +117,7 @@ class Checkpoints:
                 gpt_j_residual=gpt_j_residual,
                 configured_multiplicity=configured,
             )
-        facts = read_model_facts(
-            self.source, gpt_j_residual=gpt_j_residual, is_verified=True
-        ).model
+        facts = read_model_facts(self.source, gpt_j_residual=gpt_j_residual, is_verified=True).model
         if configured not in (None, facts.tp_bias_multiplicity):
             raise ConfigError(
                 f"tp_bias_multiplicity={configured}, but {self.source} was trained with "
