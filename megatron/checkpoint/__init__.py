@@ -12,6 +12,12 @@ compatibility    is it this run's model, topology and parameter order?
 engine_optimizer state of DeepSpeed's optimizers
 optimizer_state  state of the torch optimizer inside: as ours want it, and as NeoX wants it
 rng              random states of a rank
-safe_torch       the only place that opens torch files
+safe_torch       the only place where torch opens a file
 agreement        all ranks go on, or all raise
+
+Without torch, for tools and for whoever must not trust a file:
+
+checkpoint_files, stored_headers, structure, optimizer_structure    do the files make one whole?
+mapped_tensors, stored_values, weight_copies, neighbours            what do they hold?
+verification     all of it, in one verdict
 """
