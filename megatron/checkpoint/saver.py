@@ -296,7 +296,13 @@ class Saver:
         except CheckpointError as error:
             flight.problem = str(error)
         flight.files_written.set()
-        committing.leave_entry(flight.temporary, self._rank, files, flight.problem)
+        try:
+            committing.leave_entry(flight.temporary, self._rank, files, flight.problem)
+        except FileNotFoundError:
+            # Rank 0 has found the entry and removed it before it was synced; or another job has
+            # taken the directory, which rank 0 will tell.
+            if self._rank == 0:
+                raise
 
     def _commit(self, flight: "_Flight", snapshot: Snapshot) -> None:
         entries = committing.await_entries(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.base import write_points
+from megatron.base import atomic_files, write_points
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.free_space import require_free_space
 from megatron.checkpoint.save_settings import SaveSettings
@@ -279,6 +279,26 @@ def test_with_all_files_there_a_rank_needs_no_answer_to_complete_the_save(tmp_pa
 
     assert run_ranks(worker, 2, tmp_path) == [([0], [0]), ([], [0])]
     assert read_latest(save) == 0
+
+
+def test_an_entry_may_be_found_before_its_writer_has_synced_it(tmp_path, monkeypatch):
+    save = tmp_path / "save"
+    sync = atomic_files.fsync_directory
+
+    def sync_late(directory: Path) -> None:
+        if directory.name == ".entries" and os.environ["RANK"] == "1":
+            while directory.exists():  # until rank 0 has made a checkpoint of it
+                time.sleep(0.01)
+        sync(directory)
+
+    monkeypatch.setattr(atomic_files, "fsync_directory", sync_late)
+
+    def worker(context):
+        saver = saver_of(TinyRun(context, PP2), save)
+        saver.save(0)
+        return saver.finish()
+
+    assert run_ranks(worker, 2, tmp_path) == [True, True]
 
 
 def test_state_that_cannot_be_copied_is_written_before_training_goes_on(tmp_path):
