@@ -20,7 +20,7 @@ from megatron.ledger.candidates import (
 )
 from megatron.ledger.ledger_file import Ledger, read_ledger
 from megatron.ledger.manifest import Manifest, read_manifest
-from megatron.ledger.run_directory import checkpoint_path, list_checkpoints
+from megatron.ledger.run_directory import checkpoint_path, list_checkpoints, read_latest
 from megatron.ledger.run_file import read_run_file
 
 __all__ = ["committed_by", "read_directories", "read_histories", "sequence_of"]
@@ -91,13 +91,19 @@ def sequence_of(directory: Path, step: int) -> int | None:
 def committed_by(save: Path, attempts: Sequence[AttemptFacts]) -> dict[int, list[int]]:
     """Return the steps of the checkpoints that each attempt committed, by its number.
 
-    An attempt that was killed may not have noted the last one; the checkpoint itself knows.
+    An attempt that was killed may not have noted the last one; the checkpoint itself knows, and
+    ``latest`` names it. One that ``latest`` doesn't name yet was not committed: the launch after it
+    would go on from another.
     """
     committed = {facts.number: [one.step for one in facts.committed] for facts in attempts}
     runs = {facts.number: facts.run_id for facts in attempts}
+    try:
+        latest = read_latest(save)
+    except CheckpointError:
+        latest = None  # whoever chooses then takes the last commit of all
     for step in list_checkpoints(save):
         manifest = _manifest(checkpoint_path(save, step), step)
-        if manifest is None or manifest.attempt is None:
+        if manifest is None or manifest.attempt is None or latest not in (None, step):
             continue
         number = manifest.attempt
         if runs.get(number) == manifest.run_id and step not in committed[number]:
