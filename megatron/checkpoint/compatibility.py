@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.stored import StoredCheckpoint
@@ -13,6 +13,7 @@ from megatron.model.settings import ModelSettings
 __all__ = [
     "MODEL_ARGUMENTS",
     "WEIGHTS_ALONE",
+    "AdamStepRule",
     "LoadSettings",
     "model_rank",
     "require_same_arguments",
@@ -36,6 +37,9 @@ WEIGHTS_ALONE = (
     "(a new run)"
 )
 
+AdamStepRule = Literal["continue", "neox-v1-resume"]
+"""Where NeoX v1.0 didn't store Adam's step: count on, or from 1 again as v1.0 itself does."""
+
 
 @dataclass(frozen=True)
 class LoadSettings:
@@ -46,6 +50,7 @@ class LoadSettings:
     topology: Topology
     rank: int  # global rank of this process
     is_verified: bool = False  # the files' digests or checksums were just checked
+    adam_step: AdamStepRule = "continue"  # of what NeoX v1.0 wrote without Adam's step
 
     def open(self, directory: Path) -> StoredCheckpoint:
         """Return the checkpoint in ``directory``, read as far as needed.

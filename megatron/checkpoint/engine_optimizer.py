@@ -49,6 +49,8 @@ def layout_difference(
         metadata: content of this rank's model-states file.
         settings: what is expected of it.
     """
+    if stored.is_v1:
+        return "NeoX v1.0 wrote it"
     layer, module = next(iter(numbered_layers(engine.module).items()))
     name, parameter = next(iter(module.named_parameters()))
     weight = stored.weights(layer, settings.tensor_rank)[1].get(name)

@@ -4,7 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.checkpoint.checkpoint_files import TorchFiles
-from megatron.checkpoint.stored_headers import Metadata, OptimizerPart, Tensor, is_parameter
+from megatron.checkpoint.stored_headers import (
+    RIGID,
+    Metadata,
+    OptimizerPart,
+    Tensor,
+    is_parameter,
+)
 
 __all__ = ["optimizer_problems"]
 
@@ -135,7 +141,8 @@ def _size_problems(
         paddings = sum(sum(part.paddings) for part in parts.values())
         # ZeRO 3 pads every parameter to a multiple of the ranks.
         slack = paddings + data_ranks * (_ALIGNMENT + (count if first.kind == "ZeRO 3" else 0))
-        if not wanted <= found <= wanted + slack:
+        most = found if first.kind == RIGID else wanted + slack
+        if not wanted <= found <= most:
             yield (
                 f"all ranks together hold {found} elements of parameter group {group}, "
                 f"its parameters have {wanted}"

@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch
 
+from megatron.checkpoint.compatibility import AdamStepRule
 from megatron.checkpoint.flat_partitions import KINDS, Kind
 from megatron.checkpoint.stored import StoredCheckpoint
 from megatron.checkpoint.stored_layout import ParameterKey, StoredParameter
@@ -23,6 +24,7 @@ from megatron.checkpoint.stored_optimizer import (
     gradient_multiple_notice,
     open_stored_optimizer,
 )
+from megatron.checkpoint.v1_optimizer import open_v1_optimizer
 from megatron.checkpoint.weights import rank_part
 from megatron.model.settings import ModelSettings
 
@@ -161,14 +163,21 @@ class _Parts(Sequence[torch.Tensor]):
         return self._read(index)
 
 
-def open_parameter_states(stored: StoredCheckpoint, settings: ModelSettings) -> ParameterStates:
+def open_parameter_states(
+    stored: StoredCheckpoint, settings: ModelSettings, *, adam_step: AdamStepRule = "continue"
+) -> ParameterStates:
     """Return the optimizer state of a checkpoint; metadata is read, no values are.
 
     Args:
         stored: the checkpoint, ours or NeoX's.
         settings: the model, with the checkpoint's pinned vocabulary.
+        adam_step: what Adam has counted where NeoX v1.0 didn't store it.
 
     Raises:
         CheckpointError: it holds no optimizer state, or one that cannot be read.
     """
-    return ParameterStates(stored, settings, open_stored_optimizer(stored, settings))
+    if stored.is_v1 and stored.optimizer_files:
+        optimizer = open_v1_optimizer(stored, settings, adam_step=adam_step)
+    else:
+        optimizer = open_stored_optimizer(stored, settings)
+    return ParameterStates(stored, settings, optimizer)

@@ -64,7 +64,7 @@ def prepare_resharding(engine: Any, stored: StoredCheckpoint, settings: LoadSett
         CheckpointError: state is missing or of another model, or was written by an optimizer that
             cannot be read.
     """
-    states = open_parameter_states(stored, settings.model)
+    states = open_parameter_states(stored, settings.model, adam_step=settings.adam_step)
     size = settings.topology.tensor_parallel_size
     rank = settings.tensor_rank
     weights = read_weights(

@@ -42,7 +42,8 @@ _TEXT_LIMIT = 1 << 26
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _MODEL_STATES_FILE = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _SCATTERED_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
-_ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# Older DeepSpeed versions leave out the last underscore but one.
+_ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _SEQUENTIAL_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
 
 # Names of NeoX v1.0, Pythia and NeoX-20B, and buffers those files hold that are computed now.
@@ -125,6 +126,13 @@ class StoredCheckpoint:
     def is_ours(self) -> bool:
         """Whether this code wrote it (else NeoX did)."""
         return (self.directory / LEDGER_FILE).exists()
+
+    @cached_property
+    def is_v1(self) -> bool:
+        """Whether NeoX v1.0 wrote it: its DeepSpeed stored no configuration yet."""
+        if self.is_ours or not self.model_ranks:
+            return False
+        return not {"ds_config", "ds_version"} & set(self.model_states(self.model_ranks[0]))
 
     @property
     def has_layer_files(self) -> bool:

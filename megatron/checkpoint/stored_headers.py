@@ -15,6 +15,7 @@ from megatron.base.errors import CheckpointError
 from megatron.base.torch_metadata import StoredObject, StoredTensor, read_torch_metadata
 
 __all__ = [
+    "RIGID",
     "Metadata",
     "OptimizerPart",
     "Tensor",
@@ -27,6 +28,9 @@ __all__ = [
 
 _NUMBERED = re.compile(r"(?:sequential\.)?(\d+)\.(.+)")
 _TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+RIGID = "rigid ZeRO 1"
+"""NeoX v1.0's with ``elastic_checkpoint: false``: nothing says where its padding begins."""
+
 _BUFFERS = ("inv_freq", "_extra_state", "slopes")
 
 
@@ -54,7 +58,7 @@ Place = tuple[int, str]
 class OptimizerPart:
     """Optimizer state of one rank; sizes are numbers of elements, one for each parameter group."""
 
-    kind: str  # "ZeRO 1", "ZeRO 3", "bf16", "elastic ZeRO 1", "fp16", "plain"
+    kind: str  # "ZeRO 1", "ZeRO 3", "bf16", "elastic ZeRO 1", RIGID, "fp16", "plain"
     masters: tuple[int, ...] = ()
     exp_avg: tuple[int, ...] = ()
     exp_avg_sq: tuple[int, ...] = ()
@@ -165,6 +169,18 @@ def read_optimizer_part(path: Path) -> OptimizerPart:
             f"ZeRO {stage.attributes.get('value')}" if isinstance(stage, StoredObject) else "bf16"
         )
         return _part(kind, state["single_partition_of_fp32_groups"], base, common)
+    if isinstance(base, Mapping) and "local_sub_partitions_of_fp32_groups" in state:
+        states = _mapping(base.get("state"))
+        numbers = [group.get("params", ()) for group in map(_mapping, base.get("param_groups", ()))]
+        moments = [[states.get(number) for number in group] for group in numbers]
+        return OptimizerPart(
+            RIGID,
+            masters=_sums(state["local_sub_partitions_of_fp32_groups"]),
+            exp_avg=_sums([_moments(group, "exp_avg") for group in moments]),
+            exp_avg_sq=_sums([_moments(group, "exp_avg_sq") for group in moments]),
+            step=_step(base),
+            **common,
+        )
     if isinstance(base, list) and "local_sub_partitions_of_fp32_groups" in state:
         return OptimizerPart(
             "elastic ZeRO 1",

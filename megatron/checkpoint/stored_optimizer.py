@@ -35,7 +35,9 @@ __all__ = [
     "StoredOptimizer",
     "gradient_multiple_notice",
     "gradient_multiple_of",
+    "groups_of",
     "open_stored_optimizer",
+    "require_shapes",
 ]
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay")
@@ -104,16 +106,10 @@ def gradient_multiple_of(stored: StoredCheckpoint, ds_config: Mapping[str, Any] 
         ds_config: DeepSpeed's configuration, as stored beside the optimizer state.
 
     Raises:
-        CheckpointError: it is a NeoX pipeline's, and nothing says how many micro steps it took;
-            or NeoX v1.0 wrote it.
+        CheckpointError: it is a NeoX pipeline's, and nothing says how many micro steps it took.
     """
-    if stored.is_ours:
+    if stored.is_ours or stored.is_v1:
         return 1
-    if ds_config is None:
-        raise CheckpointError(
-            f"{stored.directory} was written by NeoX v1.0, whose optimizer state cannot be read "
-            f"yet; {WEIGHTS_ALONE}"
-        )
     return stored.gradient_accumulation_steps(ds_config) if stored.has_layer_files else 1
 
 
@@ -144,14 +140,14 @@ def _open_partitioned(stored: StoredCheckpoint, settings: ModelSettings) -> Stor
     multiple = gradient_multiple_of(stored, first.get("ds_config"))
     state = _zero_state(first, source)
     layouts = [_partitioned_layout(stored, stage, content) for stage in range(stored.num_stages)]
-    _require_shapes(stored, layouts, settings)
+    require_shapes(stored, layouts, settings)
     optimizers = [partition(stage, 0, 0).optimizer for stage in range(stored.num_stages)]
     step = adam_steps(optimizers[0])
     return StoredOptimizer(
         layouts=layouts,
         reader=FlatState(partition, step),
         step=step,
-        groups=_groups(optimizers, layouts),
+        groups=groups_of(optimizers, layouts),
         scaler=_scaler(state),
         gradient_multiple=multiple,
     )
@@ -231,14 +227,14 @@ def _open_replicated(stored: StoredCheckpoint, settings: ModelSettings) -> Store
         for stage, optimizer in enumerate(optimizers)
     ]
     layouts = derived_layouts(stored, settings, sizes)
-    _require_shapes(stored, layouts, settings)
+    require_shapes(stored, layouts, settings)
     step = adam_steps(optimizers[0])
     ds_config = stored.model_states(stored.model_ranks[0]).get("ds_config")
     return StoredOptimizer(
         layouts=layouts,
         reader=FlatState(flat, step) if is_flat else WholeState(whole, weight, step),
         step=step,
-        groups=_groups(optimizers, layouts),
+        groups=groups_of(optimizers, layouts),
         scaler=_scaler(content(0, 0)[0]),
         gradient_multiple=gradient_multiple_of(stored, ds_config),
     )
@@ -264,9 +260,14 @@ def _weight_shape(stored: StoredCheckpoint, name: str) -> tuple[int, ...]:
     return tuple(tensors[tensor].shape)
 
 
-def _require_shapes(
+def require_shapes(
     stored: StoredCheckpoint, layouts: Sequence[StageLayout], settings: ModelSettings
 ) -> None:
+    """Check the shapes of all parameters against the model.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
     size = stored.tensor_parallel_size
     for layout in layouts:
         for (layer, name), place in layout.items():
@@ -284,9 +285,15 @@ def _require_shapes(
                 )
 
 
-def _groups(
+def groups_of(
     optimizers: Sequence[Mapping[str, Any]], layouts: Sequence[StageLayout]
 ) -> tuple[StoredGroup, ...]:
+    """Return the parameter groups over all stages.
+
+    Args:
+        optimizers: state_dict of each stage's optimizer; only ``param_groups`` is looked at.
+        layouts: of each stage.
+    """
     options: dict[str, dict[str, Any]] = {}
     keys: dict[str, dict[ParameterKey, None]] = {}
     for optimizer, layout in zip(optimizers, layouts, strict=True):
