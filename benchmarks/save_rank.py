@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def main(directory: Path, megabytes: int, rounds: int) -> None:
     batch = make_batch()
     step = functools.partial(take_step, engine, batch)
     step()  # the optimizer's state comes into being
-    hashing = HashingClock()
+    watch = Watch()
     saver = Saver(
         engine,
         SaveSettings(directory / "ours", {}, StoredFacts(ModelFacts(VOCABULARY, 1), 1), {}),
@@ -58,21 +58,27 @@ def main(directory: Path, megabytes: int, rounds: int) -> None:
         world_size=1,
         gather=groups.gather,
     )
-    measured: dict[str, Any] = {"deepspeed": [], "stall": [], "hashing": [], "writing": []}
-    measured |= {"reread": [], "step": [], "step_while_saving": []}
+    measured: dict[str, Any] = {"deepspeed": [], "writing_unhashed": [], "step": []}
+    measured |= {"stall": [], "writing": [], "reread": [], "slowdown": []}
     for number in range(rounds + 1):
         rest()
         theirs = save_with_deepspeed(engine, directory / "deepspeed")
         rest()
+        watch.hashes = False
         alone = timed(step)
-        ours = save_with_ours(saver, number, step, hashing)
+        unhashed = save_with_ours(saver, number, step, watch, alone)
+        shutil.rmtree(directory / "ours")
+        rest()
+        watch.hashes = True
+        ours = save_with_ours(saver, number, step, watch, alone)
         shutil.rmtree(directory / "ours")
         if number == 0:  # memory and code are new to both
-            measured["first"] = [ours["stall"]]
+            measured["first"] = [unhashed["stall"]]
             measured["bytes"] = saver.snapshot_bytes
             continue
         measured["deepspeed"].append(theirs)
         measured["step"].append(alone)
+        measured["writing_unhashed"].append(unhashed["writing"])
         for name, value in ours.items():
             measured[name].append(value)
     print(json.dumps(measured))
@@ -167,58 +173,61 @@ def save_with_deepspeed(engine: Any, directory: Path) -> float:
     return seconds
 
 
-def save_with_ours(saver: Saver, number: int, step: Any, hashing: "HashingClock") -> dict[str, Any]:
+def save_with_ours(
+    saver: Saver, number: int, step: Callable[[], None], watch: "Watch", alone: float
+) -> dict[str, float]:
     """Save while training goes on; return what it took."""
-    hashing.reset()
+    watch.waiting = 0.0
     read_before = bytes_read()
     began = time.perf_counter()
     saver.save(number)
     stall = time.perf_counter() - began
-    thread = next(thread for thread in threading.enumerate() if thread.name == f"save {number}")
-    steps = []
+    slowdown = 0.0
     is_over = False
     while not is_over:
-        steps.append(timed(step))
-        began_poll = time.perf_counter()
+        slowdown += timed(step) - alone
+        began = time.perf_counter()
         is_over = saver.poll()
-        stall += time.perf_counter() - began_poll
-    thread.join()
+        stall += time.perf_counter() - began
     return {
-        "stall": stall,
-        "hashing": hashing.seconds / hashing.lifetime,
-        "writing": hashing.lifetime,
+        "stall": stall + watch.waiting,
+        "writing": watch.writing,
         "reread": bytes_read() - read_before,
-        "step_while_saving": max(steps),
+        "slowdown": slowdown - watch.waiting,
     }
 
 
-class HashingClock:
-    """Times the digests of a writer thread, and its whole life."""
+class Watch:
+    """Times what a save does where nobody sees it, and writes without digests when told to."""
 
     def __init__(self) -> None:
-        self.reset()
-        clock = self
-        write = Saver._write
+        self.hashes = True
+        self.waiting = 0.0  # of the optimizer, for the copy
+        self.writing = 0.0  # processor time of a writer thread
+        watch, digest = self, hashed_file.FileDigest
+        write, await_copy = Saver._write, Saver._await_copy
 
-        class TimedDigest(hashed_file.FileDigest):
+        class Digest(digest):  # type: ignore[misc, valid-type]
             def update(self, data: Any) -> None:
-                began = time.perf_counter()
-                super().update(data)
-                clock.seconds += time.perf_counter() - began
+                if watch.hashes:
+                    super().update(data)
+                else:
+                    self._size += len(data)
 
         def timed_write(saver: Saver, *arguments: Any) -> None:
-            clock.lifetime = timed(lambda: write(saver, *arguments))
+            began = time.thread_time()
+            write(saver, *arguments)
+            watch.writing = time.thread_time() - began
 
-        hashed_file.FileDigest = TimedDigest  # type: ignore[misc]
+        def timed_await(saver: Saver, *arguments: Any) -> None:
+            watch.waiting += timed(lambda: await_copy(saver, *arguments))
+
+        hashed_file.FileDigest = Digest  # type: ignore[misc]
         Saver._write = timed_write  # type: ignore[method-assign]
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self.seconds = 0.0
-        self.lifetime = 0.0
+        Saver._await_copy = timed_await  # type: ignore[method-assign]
 
 
-def timed(action: Any) -> float:
+def timed(action: Callable[[], object]) -> float:
     """Return the seconds that ``action`` takes."""
     began = time.perf_counter()
     action()

@@ -2,8 +2,11 @@
 
     main thread            writer thread of each rank         writer thread of rank 0
     ───────────            ──────────────────────────         ───────────────────────
-    snapshot        ──>    write, hash, sync its files
-    next step              leave an entry beside them   ──>   all entries there: commit
+    snapshot        ──>    copy weights and moments
+    forward, backward
+    optimizer       <──    all is copied
+    next steps             write, hash, sync its files
+                           leave an entry beside them   ──>   all entries there: commit
     poll at every                                             retention, copy to s3_path
     step boundary   <──    done, or a problem           <──   done, or a problem
 
@@ -86,6 +89,8 @@ class Saver:
         self._last_sequence: int | None = None
         self._buffers = SnapshotBuffers() if is_async else None
         self._flight: _Flight | None = None
+        if is_async:
+            engine.basic_optimizer.register_step_pre_hook(self._await_copy)
         self.committed_step: int | None = None
         """Of the last checkpoint known to be committed, on every rank."""
 
@@ -203,6 +208,11 @@ class Saver:
         """Whether, as far as this rank knows, the directory is still this job's."""
         return self._lease is None or self._lease.still_held()
 
+    def _await_copy(self, *_: object) -> None:
+        """Keep the optimizer from changing what is still being copied."""
+        if self._flight is not None:
+            self._flight.copied.wait()
+
     def _begin(self, step: int) -> Path:
         directory = self._settings.directory
         token, problem = committing.new_token(), None
@@ -282,12 +292,15 @@ class Saver:
             if not flight.cancelled.is_set():
                 flight.problem = flight.problem or _described(error)
         finally:
+            flight.copied.set()
             flight.files_written.set()
             flight.over.set()
 
     def _write_files(self, flight: "_Flight", snapshot: Snapshot) -> None:
         files: dict[str, StoredFile] = {}
         flight.problem = snapshot.problem
+        snapshot.copy_rest()
+        flight.copied.set()
         try:
             for name, content in snapshot.contents.items():
                 files[name] = write_torch_file(
@@ -354,6 +367,7 @@ class _Flight:
     on_commit: OnCommit
     thread: threading.Thread | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    copied: threading.Event = field(default_factory=threading.Event)
     files_written: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     problem: str | None = None

@@ -3,13 +3,17 @@
 DeepSpeed hands every file's content to a checkpoint engine. Ours writes nothing: it copies tensors
 into memory of its own and everything else into new objects, so that training may go on while the
 copy is written. Tensors that share memory share it in the copy too, as torch.save would keep it.
+
+Weights and optimizer state, which are nearly all of it, don't change before the optimizer's next
+step. On the CPU they may therefore be copied later, on another thread, while the next forward and
+backward passes run.
 """
 
 import contextlib
 import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,12 @@ class Snapshot:
     is_private: bool = True  # False: training's own memory is part of it
     has_recovery_scripts: bool = False  # DeepSpeed leaves some beside such a checkpoint
     problem: str | None = None  # why it could not be taken
+    copies_left: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()  # (copy, original)
+
+    def copy_rest(self) -> None:
+        """Copy what was left for later; the optimizer must not have taken a step since."""
+        for copied, original in self.copies_left:
+            copied.copy_(original)
 
 
 class SnapshotBuffers:
@@ -97,7 +107,7 @@ def take_snapshot(
         buffers: memory for the copies; None: nothing is copied that lies on the CPU, and training
             must wait until it is written.
     """
-    collector = _Collector(buffers)
+    collector = _Collector(buffers, _unchanged_until_a_step(engine))
     with collector.in_place_of_the_engines(engine):
         engine.save_checkpoint(
             str(directory.parent), tag=directory.name, client_state=client_state, save_latest=False
@@ -110,6 +120,26 @@ def take_snapshot(
         num_bytes=collector.num_bytes,
         is_private=is_private,
         has_recovery_scripts=collector.has_recovery_scripts,
+        copies_left=collector.copies_left,
+    )
+
+
+def _unchanged_until_a_step(engine: Any) -> frozenset[int]:
+    """Return the storages of weights, masters and moments: only the optimizer's step writes there.
+
+    Those on a device are left out: their copies must be in line with its work.
+    """
+    optimizer = engine.basic_optimizer
+    tensors = [*engine.module.parameters()]
+    tensors.extend(parameter for group in optimizer.param_groups for parameter in group["params"])
+    tensors.extend(
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
+    return frozenset(
+        tensor.untyped_storage()._cdata for tensor in tensors if tensor.device.type == "cpu"
     )
 
 
@@ -118,9 +148,11 @@ class _Collector(CheckpointEngine):
     other ranks are on their way into DeepSpeed's barrier, where they would wait for this one.
     """
 
-    def __init__(self, buffers: SnapshotBuffers | None) -> None:
+    def __init__(self, buffers: SnapshotBuffers | None, may_wait: frozenset[int]) -> None:
         super().__init__()
         self.name = "snapshot"
+        self.copies_left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._may_wait = may_wait
         self.contents: dict[str, Any] = {}
         self.problem: str | None = None
         self.num_bytes = 0
@@ -158,12 +190,14 @@ class _Collector(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         name = Path(path).name
-        copier = _Copier(self._buffers, shares=_LAYER_FILE.fullmatch(name) is None)
+        shares = _LAYER_FILE.fullmatch(name) is None
+        copier = _Copier(self._buffers, shares=shares, may_wait=self._may_wait)
         try:
             self.contents[name] = copier.copy(_as_neox_reads_it(state_dict))
         except Exception as error:  # noqa: BLE001 - raised by all ranks together, later
             self.problem = f"{name} could not be prepared: {type(error).__name__}: {error}"
         self.num_bytes += copier.num_bytes
+        self.copies_left.extend(copier.copies_left)
         self.is_private = self.is_private and copier.is_private
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -176,7 +210,15 @@ class _Collector(CheckpointEngine):
 class _Copier:
     """Copies the content of one file."""
 
-    def __init__(self, buffers: SnapshotBuffers | None, *, shares: bool) -> None:
+    def __init__(
+        self,
+        buffers: SnapshotBuffers | None,
+        *,
+        shares: bool,
+        may_wait: frozenset[int] = frozenset(),  # storages that may be copied later
+    ) -> None:
+        self.copies_left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._may_wait = may_wait
         self.num_bytes = 0
         self.is_private = True
         self._buffers = buffers
@@ -240,7 +282,8 @@ class _Copier:
                 self._storages[key] = storage
             else:
                 whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-                self._storages[key] = self._take(whole).untyped_storage()
+                copied = self._transfer(self._memory(whole.numel()), whole, key)
+                self._storages[key] = copied.untyped_storage()
         view = torch.empty(0, dtype=source.dtype)
         return view.set_(
             self._storages[key], source.storage_offset(), source.size(), source.stride()
@@ -253,10 +296,13 @@ class _Copier:
             covers = source.is_contiguous() and source.untyped_storage().nbytes() == num_bytes
             return source if covers else source.clone(memory_format=torch.contiguous_format)
         buffer = self._memory(num_bytes).view(source.dtype).view(source.shape)
-        return buffer.copy_(source, non_blocking=True)
+        return self._transfer(buffer, source, source.untyped_storage()._cdata)
 
-    def _take(self, whole: torch.Tensor) -> torch.Tensor:
-        return self._memory(whole.numel()).copy_(whole, non_blocking=True)
+    def _transfer(self, copied: torch.Tensor, original: torch.Tensor, key: int) -> torch.Tensor:
+        if self._buffers is not None and key in self._may_wait:
+            self.copies_left.append((copied, original))
+            return copied
+        return copied.copy_(original, non_blocking=True)
 
     def _memory(self, num_bytes: int) -> torch.Tensor:
         if self._buffers is None:

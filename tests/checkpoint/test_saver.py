@@ -15,6 +15,7 @@ from megatron.base.errors import CheckpointError
 from megatron.checkpoint.free_space import require_free_space
 from megatron.checkpoint.save_settings import SaveSettings
 from megatron.checkpoint.saver import Saver
+from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.stored import StoredFacts
 from megatron.config.topology import Topology
 from megatron.ledger.lease import Lease
@@ -108,6 +109,47 @@ def test_training_goes_on_and_the_files_are_those_of_a_save_that_waits(settings,
     assert went_on == waited
     assert digest_problems(tmp_path / "goes on" / "global_step1", went_on, went_on.files) == []
     assert hidden(tmp_path / "goes on") == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TinySettings(Topology(1, 1, 1), precision="bfloat16"),
+        TinySettings(Topology(1, 1, 1), precision="bfloat16", grad_accum_dtype="fp32"),
+        TinySettings(Topology(1, 1, 1, uses_pipeline_engine=False)),
+        TinySettings(Topology(1, 1, 1), zero_stage=0),
+    ],
+    ids=["ZeRO 1, bf16", "BF16_Optimizer", "sequential", "ZeRO 0"],
+)
+def test_the_optimizer_waits_until_its_state_is_copied(settings, tmp_path, monkeypatch):
+    copied_after = []
+    copy_rest = Snapshot.copy_rest
+
+    def worker(context):
+        run = TinyRun(context, settings)
+        run.train(1)
+        saver_of(run, tmp_path / "waits", is_async=False).save(1)
+        begun = time.monotonic()
+
+        def copy_late(snapshot: Snapshot) -> None:
+            time.sleep(0.5)
+            copied_after.append(len(snapshot.copies_left))
+            copy_rest(snapshot)
+
+        monkeypatch.setattr(Snapshot, "copy_rest", copy_late)
+        saver = saver_of(run, tmp_path / "goes on")
+        saver.save(1)
+        assert copied_after == []
+        run.train(1)
+        assert time.monotonic() - begun > 0.5
+        saver.finish()
+        return copied_after
+
+    (copies,) = run_ranks(worker, 1, tmp_path)
+    assert copies[0] > 5
+    assert read_manifest(tmp_path / "goes on" / "global_step1") == read_manifest(
+        tmp_path / "waits" / "global_step1"
+    )
 
 
 def test_each_commit_is_told_on_the_main_thread_and_continues_the_one_before(tmp_path):
