@@ -8,6 +8,7 @@ from typing import Any
 from megatron.base.errors import CheckpointError, ConfigError, MegatronError, RunDirectoryError
 from megatron.base.torch_metadata import read_torch_metadata
 from megatron.checkpoint.verified import problem_without_bytes
+from megatron.cli.number_settings import number_settings
 from megatron.cli.wanted_launch import (
     DescribedData,
     described_data,
@@ -167,6 +168,7 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
         if writer is None
         else numerics_of(writer.topology, writer.geometry, writer.config, writer.environment),
         without_effect=None if writer is None else without_effect_of(writer.config),
+        settings=None if writer is None else number_settings(writer.config),
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.base.errors import ConfigError
+from megatron.cli.number_settings import number_settings
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.run_config import RunConfig
 from megatron.config.topology import Topology
@@ -86,6 +87,7 @@ def wanted_launch(config: RunConfig, *, environment: Mapping[str, Any] | None = 
             config.topology, config.geometry, config.flat(), environment or _own_environment()
         ),
         without_effect=without_effect_of(config.flat()),
+        settings=number_settings(config.flat()),
         train_epochs=training.train_epochs,
         epoch_samples=data.epoch_samples,
     )

@@ -77,6 +77,8 @@ class Wanted:
     """What changes rounding and nothing else: topology, micro batch, threads, versions."""
     without_effect: Mapping[str, str | int | float | None] = field(default_factory=dict)
     """What changes neither samples nor numbers and is worth a line: train_iters, num_workers."""
+    settings: Mapping[str, str | int | float] = field(default_factory=dict)
+    """What a step computes with: keys of the model, the optimizer and the learning rate."""
     train_epochs: int | None = None
     epoch_samples: Mapping[str, int] = field(default_factory=dict)
     """Samples of one pass, by component key; needed to say how often each dataset is passed."""
@@ -116,6 +118,7 @@ class Found:
     optimizer_steps: int | None = None  # the schedule's count: steps without overflows
     numerics: Mapping[str, str | int | float] | None = None  # None: not known
     without_effect: Mapping[str, str | int | float | None] | None = None
+    settings: Mapping[str, str | int | float] | None = None
 
     @property
     def step(self) -> int:

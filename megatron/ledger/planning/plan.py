@@ -124,6 +124,10 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
         adopted=adoption_checked(past, train, counting),
         abandoned=_abandoned(found),
         numerics=_numerics(wanted, found),
+        settings=tuple(
+            f"{change.name} {change.detail}"
+            for change in _differences(found.settings, wanted.settings)
+        ),
         not_restored=_not_restored(wanted),
         notices=_notices(wanted, past.step, datasets),
         problems=problems,

@@ -24,6 +24,7 @@ Members are only ever added; ``format`` is raised when one changes its meaning.
     abandoned         null, or [first step, last step]
     adopted           null, or {source, step, assumed}
     numerics          list: differences that change rounding
+    settings          list: changed keys that a step computes with
     not_restored, neox_notes, notices, problems   lists of sentences
     passes            by dataset: passes by train_iters, under train_epochs
 """
@@ -84,6 +85,7 @@ def plan_to_json(plan: ResumePlan) -> dict[str, Any]:
         "abandoned": None if plan.abandoned is None else list(plan.abandoned),
         "adopted": None if plan.adopted is None else asdict(plan.adopted),
         "numerics": list(plan.numerics),
+        "settings": list(plan.settings),
         "not_restored": list(plan.not_restored),
         "notices": list(plan.notices),
         "problems": list(plan.problems),

@@ -114,6 +114,7 @@ def _change_lines(plan: ResumePlan) -> list[str]:
         "no exact continuation": "no exact continuation",
     }
     lines = [f"{change}: {effects[change.effect]}" for change in plan.changes]
+    lines += [f"{one}: other numbers from step {plan.next_step} on" for one in plan.settings]
     return lines + [f"{one}: numbers equal to rounding" for one in plan.numerics]
 
 

@@ -85,6 +85,7 @@ class ResumePlan:
     adopted: Adoption | None = None
     abandoned: tuple[int, int] | None = None  # steps that a roll-back leaves behind, both included
     numerics: tuple[str, ...] = ()  # differences that change rounding
+    settings: tuple[str, ...] = ()  # changed keys that a step computes with
     not_restored: tuple[str, ...] = ()  # parts of the state, by the keys that say so
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()  # why the launch is refused
@@ -132,6 +133,8 @@ class ResumePlan:
         changing = [change for change in self.changes if change.effect != "none"]
         if self.data_break is not None or any(one.stream == "train" for one in changing):
             return "those of a run with other data from here on"
+        if self.settings:
+            return f"those of a run with other settings from here on ({'; '.join(self.settings)})"
         if self.numerics:
             return f"equal to rounding ({'; '.join(self.numerics)})"
         return "bitwise those of an undisturbed run"

@@ -516,6 +516,16 @@ def test_the_plan_says_how_far_numbers_are_the_same():
     assert "are not known" in unknown.numbers_exactness
 
 
+def test_changed_settings_of_a_step_are_named_and_nothing_is_called_equal():
+    found = replace(found_after(7), numerics={}, settings={"rotary_pct": 0.25, "warmup": 0.01})
+    plan = plan_resume(_CONFIG.wanted(settings={"rotary_pct": 1.0, "warmup": 0.01}), found)
+    assert plan.settings == ("rotary_pct 0.25 -> 1.0",)
+    assert plan.numbers_exactness == (
+        "those of a run with other settings from here on (rotary_pct 0.25 -> 1.0)"
+    )
+    assert plan.data_exactness == "exact: nothing is repeated, nothing skipped"
+
+
 def test_keys_without_effect_are_named_as_such():
     found = replace(found_after(7), without_effect={"num_workers": 0, "train_iters": 20})
     plan = plan_resume(_CONFIG.wanted(without_effect={"num_workers": 2, "train_iters": 20}), found)
