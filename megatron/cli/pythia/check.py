@@ -1,0 +1,149 @@
+"""``tools/pythia.py check``: is what was downloaded the step it should be?"""
+
+import argparse
+from pathlib import Path
+
+from megatron.cli.ledger.options import add_json_option
+from megatron.cli.ledger.output import print_json, print_table, say
+from megatron.cli.ledger.progress import progress
+from megatron.cli.pythia.checks import check_release, known_findings
+from megatron.cli.pythia.findings import GOOD, Finding, exit_status
+from megatron.cli.pythia.idx_files import check_index
+from megatron.cli.pythia.known_releases import KNOWN_RELEASES
+from megatron.cli.pythia.models import ReleasedModel, find_model, model_of_files
+
+__all__ = ["add_check", "add_model_options", "chosen_model"]
+
+_EPILOG = """What is checked: sizes and vocabulary against the model's configuration, every value,
+the first values at steps 0 and 1 against their formulas, the step that NeoX's files say, weights
+against the optimizer's fp32 masters, digests against those published of wrong files, and with
+--against whether tensors are another step's. What was reported of the step is told too: a report
+alone is a warning, never proof.
+
+exit status:
+  0  nothing is wrong (reports may still have been told)
+  1  something is proven wrong from its content
+  2  something could not be checked: files are missing or damaged
+
+examples:
+  tools/pythia.py check pythia-70m-deduped/step3000 --model pythia-70m-deduped --step 3000
+  tools/pythia.py check step58000 --model pythia-12b --step 58000 --against step143000
+  tools/pythia.py check --known --model pythia-2.8b              what was reported, as a table"""
+
+
+def add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "check",
+        help="is a download the step it should be?",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="what to check")
+    add_model_options(parser)
+    parser.add_argument("--step", type=int, help="the branch: 3000 for step3000")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other steps of the same run; their paths end in stepN, or are NeoX's",
+    )
+    parser.add_argument(
+        "--other-run",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="steps of runs with another seed: nothing of theirs may be in it",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PREFIX",
+        help="also: is this the data set that was released? by the SHA-256 of PREFIX.idx",
+    )
+    parser.add_argument("--known", action="store_true", help="print what was reported, and end")
+    add_json_option(parser)
+    parser.set_defaults(run=_check)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add which model is meant."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--model", help="its name on the hub, such as pythia-160m-deduped")
+    group.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="in place of a name: the configuration files of a model of your own",
+    )
+
+
+def chosen_model(options: argparse.Namespace) -> ReleasedModel:
+    """Return the model that ``--model`` or ``--config`` means."""
+    if options.model is not None:
+        return find_model(options.model)
+    return model_of_files(options.config)
+
+
+def _check(options: argparse.Namespace) -> int:
+    model = chosen_model(options)
+    if options.known:
+        _print_known(model)
+        return GOOD
+    if options.directory is None or options.step is None:
+        raise SystemExit("pythia.py check: DIR and --step are needed, or --known")
+    with progress("tensors") as on_tensor:
+        findings = check_release(
+            options.directory,
+            model,
+            options.step,
+            against=options.against,
+            other_runs=options.other_run,
+            on_tensor=on_tensor,
+        )
+    if options.data is not None:
+        findings += check_index(options.data, model)
+    status = exit_status(findings)
+    if options.json:
+        print_json(
+            {
+                "exit_status": status,
+                "model": model.name,
+                "step": options.step,
+                "findings": [vars(finding) for finding in findings],
+            }
+        )
+        return status
+    for finding in findings:
+        say(str(finding))
+    say(_result(options.directory, model, options.step, findings))
+    return status
+
+
+def _result(directory: Path, model: ReleasedModel, step: int, findings: list[Finding]) -> str:
+    what = f"{directory} as {model.name} step {step}"
+    return {
+        0: f"{what}: nothing wrong was found",
+        1: f"{what}: WRONG",
+        2: f"{what}: could not be checked",
+    }[exit_status(findings)]
+
+
+def _print_known(model: ReleasedModel) -> None:
+    rows = []
+    for entry in KNOWN_RELEASES:
+        if any(known_findings(model.name, None, [entry])):
+            rows.append((_steps(entry.steps), entry.text, entry.source))
+    print_table(("steps", "what was reported", "source"), rows)
+
+
+def _steps(steps: object) -> str:
+    listed = sorted(steps) if isinstance(steps, set | range) else []
+    if len(listed) > 1000:
+        return "all" if listed[0] == 0 else f"{listed[0]} and later"
+    more = len(listed) - 6
+    shown = ", ".join(map(str, listed[:6]))
+    return shown + (f" and {more} more" if more > 0 else "")
