@@ -278,7 +278,7 @@ WHERE_TO_GO_ON: dict[str, tuple[list[Callable[[Path], object]], int, str]] = {
     "the two newest are damaged": (
         [without_a_file_of(3, 2)],
         1,
-        "global_step2 too: zero_.* is mis",
+        "global_step2 too: zero_.* is m",
     ),
     "the newest lacks its manifest": (
         [remove(f"{NEWEST}/manifest.json")],
