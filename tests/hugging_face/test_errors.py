@@ -254,6 +254,10 @@ def test_damaged_and_foreign_checkpoints_are_not_exported(hub, tmp_path):
         (("num_layers: 2", "num_layers: 3"), r"holds the layers 0, 2-3, 5-6, but a model of 3"),
         (("hidden_size: 32", "hidden_size: 64"), "has shape .* but the configuration's model"),
         (("use_bias_in_attn_linear: true", "use_bias_in_attn_linear: false"), "not the one that"),
+        (
+            ("use_bias", f"vocab_file: {TOKENIZER}\ntokenizer_type: HFTokenizer\nuse_bias"),
+            "300 entr",
+        ),
         (("pos_emb: rotary", "pos_emb: none"), "GPTNeoXForCausalLM cannot express pos_emb: none"),
     ):
         assert change[0] in keys

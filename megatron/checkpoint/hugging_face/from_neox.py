@@ -4,14 +4,18 @@ Biases that were counted once per tensor rank are written as often as they count
 a copy on every rank, whose sum that is.
 """
 
+import contextlib
+import itertools
 import json
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron.base.errors import CheckpointError, ConfigError
+from megatron.base.errors import CheckpointError, ConfigError, MegatronError
 from megatron.checkpoint.hugging_face.architecture import HIDDEN_ACTS, hub_config
 from megatron.checkpoint.hugging_face.model_files import stored_model
 from megatron.checkpoint.hugging_face.names import (
@@ -79,11 +83,14 @@ def export_model(checkpoint: Path, destination: Path, settings: ExportSettings) 
     """
     config, model = stored_model(checkpoint, settings.config_files)
     rows = _rows(config, model, settings)
-    end_of_document, notices = _end_of_document(config, settings)
+    end_of_document, notices = _end_of_document(config, model)
     if settings.hidden_act not in (None, *HIDDEN_ACTS):
         raise ConfigError(f"hidden_act {settings.hidden_act!r} is none of {', '.join(HIDDEN_ACTS)}")
-    with reading(checkpoint):
-        _require_intact(checkpoint)
+    with (
+        reading(checkpoint),
+        new_directory(destination) as directory,
+        _checked_meanwhile(checkpoint),
+    ):
         exported = _Export(
             StoredCheckpoint(checkpoint, is_verified=True), model, rows, settings.dtype
         )
@@ -97,18 +104,17 @@ def export_model(checkpoint: Path, destination: Path, settings: ExportSettings) 
         )
         if settings.pad_token_id is not None:
             description["pad_token_id"] = settings.pad_token_id
-        with new_directory(destination) as directory:
-            (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-            _write_shards(exported.tensors(), directory, settings.max_shard_bytes)
-            if settings.copies_tokenizer:
-                training = config.training
-                notices += copy_to_hub(
-                    config.tokenizer.tokenizer_type,
-                    training.vocab_file,
-                    training.merge_file,
-                    directory,
-                )
-            files = [path.stat().st_size for path in directory.iterdir()]
+        (directory / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        _write_shards(exported.tensors(), directory, settings.max_shard_bytes)
+        if settings.copies_tokenizer:
+            training = config.training
+            notices += copy_to_hub(
+                config.tokenizer.tokenizer_type,
+                training.vocab_file,
+                training.merge_file,
+                directory,
+            )
+        files = [path.stat().st_size for path in directory.iterdir()]
     notices += exported.notices()
     notices += _numeric_notices(model, rows, description["hidden_act"])
     return Converted(destination, len(files), sum(files), tuple(notices))
@@ -129,31 +135,69 @@ def _rows(config: RunConfig, model: ModelSettings, settings: ExportSettings) -> 
     return rows
 
 
-def _end_of_document(config: RunConfig, settings: ExportSettings) -> tuple[int | None, list[str]]:
-    """Return the id of the tokenizer's end of a document, if its files are here."""
+def _end_of_document(config: RunConfig, model: ModelSettings) -> tuple[int | None, list[str]]:
+    """Return the id of the tokenizer's end of a document, if its files are here.
+
+    Raises:
+        ConfigError: the tokenizer is another model's.
+    """
     training = config.training
     kind = config.tokenizer.tokenizer_type
     try:
-        return build_tokenizer(kind, training.vocab_file, training.merge_file).eod, []
+        tokenizer = build_tokenizer(kind, training.vocab_file, training.merge_file)
     except (ConfigError, OSError, ValueError) as error:
         return None, [
             f"the tokenizer can't be opened ({str(error).splitlines()[0]}): config.json says "
             "bos_token_id: null and eos_token_id: null"
         ]
+    if training.vocab_file and tokenizer.vocab_size > model.padded_vocab_size:
+        raise ConfigError(
+            f"{training.vocab_file} has {tokenizer.vocab_size} entries, but the model has "
+            f"{model.padded_vocab_size} rows: it is another model's tokenizer"
+        )
+    return tokenizer.eod, []
 
 
-def _require_intact(checkpoint: Path) -> None:
-    """Check the files with weights; the optimizer's aren't read."""
+@contextlib.contextmanager
+def _checked_meanwhile(checkpoint: Path) -> Iterator[None]:
+    """Compare the bytes of the files with weights, on a thread, with what was written.
+
+    It reads ahead of the conversion, so that the disk is read once. The optimizer's files aren't
+    looked at.
+
+    Raises:
+        CheckpointError: they differ; said in place of whatever followed from it.
+    """
     manifest = read_manifest(checkpoint)
+    if manifest is None:
+        _require_none(checkpoint, structural_problems(checkpoint, needs_optimizer=False))
+    else:
+        _require_none(checkpoint, quick_problems(checkpoint, manifest))
     stored = StoredCheckpoint(checkpoint, is_verified=True)
     names = [layer_file(layer, rank) for layer, ranks in stored.layers.items() for rank in ranks]
-    names += map(model_states_file, stored.model_ranks)
-    if manifest is None:
-        problems = structural_problems(checkpoint, needs_optimizer=False)
-        problems = problems or checksum_problems(checkpoint, sorted(names))
-    else:
-        problems = quick_problems(checkpoint, manifest)
-        problems = problems or digest_problems(checkpoint, manifest, sorted(names))
+    names = names or [*map(model_states_file, stored.model_ranks)]
+    is_over = threading.Event()
+
+    def problems() -> list[str]:
+        left = itertools.takewhile(lambda _: not is_over.is_set(), sorted(names))
+        if manifest is None:
+            return checksum_problems(checkpoint, left)
+        return digest_problems(checkpoint, manifest, left)
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(problems)
+        try:
+            yield
+        except MegatronError:
+            _require_none(checkpoint, found.result())
+            raise
+        except BaseException:
+            is_over.set()
+            raise
+        _require_none(checkpoint, found.result())
+
+
+def _require_none(checkpoint: Path, problems: Sequence[str]) -> None:
     if problems:
         raise CheckpointError(
             f"{checkpoint} is damaged, so nothing was written: {'; '.join(problems)}. Take another "
