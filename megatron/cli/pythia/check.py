@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron.base.errors import ConfigError
 from megatron.cli.ledger.options import add_json_option
 from megatron.cli.ledger.output import print_json, print_table, say
 from megatron.cli.ledger.progress import progress
@@ -10,7 +11,12 @@ from megatron.cli.pythia.checks import check_release, known_findings
 from megatron.cli.pythia.findings import GOOD, Finding, exit_status
 from megatron.cli.pythia.idx_files import check_index
 from megatron.cli.pythia.known_releases import KNOWN_RELEASES
-from megatron.cli.pythia.models import ReleasedModel, find_model, model_of_files
+from megatron.cli.pythia.models import (
+    ReleasedModel,
+    find_model,
+    model_of_files,
+    model_of_name_and_files,
+)
 
 __all__ = ["add_check", "add_model_options", "chosen_model"]
 
@@ -70,21 +76,29 @@ def add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add which model is meant."""
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--model", help="its name on the hub, such as pythia-160m-deduped")
-    group.add_argument(
+    parser.add_argument("--model", help="its name on the hub, such as pythia-160m-deduped")
+    parser.add_argument(
         "--config",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="in place of a name: the configuration files of a model of your own",
+        help="its configuration files, instead of those in configs/pythia: your own copy, or those "
+        "of a model of your own (without --model)",
     )
 
 
 def chosen_model(options: argparse.Namespace) -> ReleasedModel:
-    """Return the model that ``--model`` or ``--config`` means."""
+    """Return the model that ``--model`` and ``--config`` mean.
+
+    Raises:
+        ConfigError: neither is given, or they contradict each other.
+    """
+    if options.model is not None and options.config is not None:
+        return model_of_name_and_files(options.model, options.config)
     if options.model is not None:
         return find_model(options.model)
+    if options.config is None:
+        raise ConfigError("which model? give --model, such as pythia-160m-deduped, or --config")
     return model_of_files(options.config)
 
 
@@ -94,7 +108,7 @@ def _check(options: argparse.Namespace) -> int:
         _print_known(model)
         return GOOD
     if options.directory is None or options.step is None:
-        raise SystemExit("pythia.py check: DIR and --step are needed, or --known")
+        raise ConfigError("DIR and --step are needed, or --known")
     with progress("tensors") as on_tensor:
         findings = check_release(
             options.directory,

@@ -32,7 +32,7 @@ from megatron.cli.pythia.sha256 import sha256_of
 from megatron.data.tokenizers import build_tokenizer
 from megatron.model.settings import ModelSettings
 
-__all__ = ["check_release", "known_findings", "measure_all"]
+__all__ = ["check_release", "has_optimizer", "known_findings", "measure_all"]
 
 _LISTED = 4
 _HEAD = "final_linear.weight"
@@ -331,7 +331,8 @@ def _first_std(name: str, settings: ModelSettings) -> float | None:
     }.get(_method(name, settings))
 
 
-def _has_optimizer(stored: StoredCheckpoint) -> bool:
+def has_optimizer(stored: StoredCheckpoint) -> bool:
+    """Return whether NeoX's files hold the state of an optimizer."""
     if stored.optimizer_files or not stored.model_ranks:
         return bool(stored.optimizer_files)
     return stored.model_states(stored.model_ranks[0]).get("optimizer") is not None
@@ -342,7 +343,7 @@ def _masters(downloaded: Downloaded, settings: ModelSettings) -> Iterator[Findin
     stored = downloaded.stored
     if stored is None:
         return
-    if not _has_optimizer(stored):
+    if not has_optimizer(stored):
         yield Finding("note", "weights alone: there is no optimizer state to compare them with")
         return
     actual = replace(settings, padded_vocab_size=downloaded.vocabulary)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron.cli.checkpoints.tool import run_tool
 from megatron.cli.pythia.check import add_check
+from megatron.cli.pythia.import_command import add_import
 
 __all__ = ["main"]
 
@@ -16,5 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_check(commands)
+    add_import(commands)
     options = parser.parse_args(argv)
     return run_tool("pythia.py", lambda: options.run(options))

@@ -8,11 +8,20 @@ from pathlib import Path
 from megatron.base.errors import ConfigError
 from megatron.config.load import load_config
 from megatron.config.run_config import RunConfig
+from megatron.config.yaml_files import read_config_files
 from megatron.data.tokenizers import padded_vocab_size
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
+from megatron.optim.schedules import LearningRateSchedule, ScheduleSettings
 
-__all__ = ["NUM_TOKENS", "ReleasedModel", "find_model", "model_of_files"]
+__all__ = [
+    "NUM_TOKENS",
+    "ReleasedModel",
+    "find_model",
+    "model_of_files",
+    "model_of_name_and_files",
+    "schedule_of",
+]
 
 NUM_TOKENS = 50277
 """Entries of 20B_tokenizer.json, added ones included (pythia.md §1.1)."""
@@ -55,6 +64,7 @@ class ReleasedModel:
     config: RunConfig  # on as many ranks as it was divided over
     settings: ModelSettings
     num_tokens: int | None  # entries of its tokenizer, None: not known
+    tensor_parallel_size: int  # model_parallel_size of its configuration
     steps_per_iteration: int = 1
     """What its branches count for each iteration: 2 where version 0 took twice the batch."""
 
@@ -139,7 +149,47 @@ def model_of_files(
         config,
         settings,
         num_tokens,
+        _tensor_parallel_size(files),
         steps_per_iteration=2 if is_renamed else 1,
+    )
+
+
+def model_of_name_and_files(name: str, files: Sequence[Path]) -> ReleasedModel:
+    """Return the model called ``name``, trained as other ``files`` say, which must be the same.
+
+    Raises:
+        ConfigError: the files describe another model, another batch or another schedule.
+    """
+    released = find_model(name)
+    own = model_of_files(files, name=released.name, num_tokens=released.num_tokens)
+    pairs = {
+        "the model": (own.settings, released.settings),
+        "train_batch_size": (
+            own.config.geometry.global_batch_size,
+            released.config.geometry.global_batch_size,
+        ),
+        "the learning-rate schedule": (_schedule(own), _schedule(released)),
+    }
+    different = [what for what, (mine, theirs) in pairs.items() if mine != theirs]
+    if different:
+        raise ConfigError(
+            f"{', '.join(map(str, files))}: {' and '.join(different)} differ from those of "
+            f"{', '.join(str(path) for path in released.files)}"
+        )
+    return own
+
+
+def _schedule(model: ReleasedModel) -> LearningRateSchedule:
+    return schedule_of(model.config).schedule()
+
+
+def schedule_of(config: RunConfig) -> ScheduleSettings:
+    """Return the learning rate that a configuration asks for."""
+    return ScheduleSettings.from_config(
+        config.lr_scheduler,
+        config.optimizer,
+        config.training,
+        neox_version=config.ledger.neox_version,
     )
 
 
@@ -161,6 +211,12 @@ def _loaded(files: Sequence[Path]) -> RunConfig:
             "follows from it"
         )
     return config
+
+
+def _tensor_parallel_size(files: Sequence[Path]) -> int:
+    written, _, _ = read_config_files(files)
+    size = written.get("model_parallel_size")
+    return 1 if size is None else int(size.value)
 
 
 def _unknown(name: str) -> str:
