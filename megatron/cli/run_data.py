@@ -230,7 +230,8 @@ def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) ->
 
 def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str, Stream]:
     settings = stream_settings(config)
-    names = map_names(settings, requested_counts(config), identify_datasets(settings))
+    identities = identify_datasets(settings, records=plan.datasets)
+    names = map_names(settings, requested_counts(config), identities)
 
     def locate(dataset: str) -> DatasetFiles:
         note = plan.datasets[dataset]

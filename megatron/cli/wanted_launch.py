@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from megatron.base.errors import ConfigError
@@ -16,8 +17,10 @@ from megatron.ledger.planning.inputs import LearningRates, StreamName, Wanted
 from megatron.optim.schedules import LearningRateSchedule, ScheduleSettings
 from megatron.stream.descriptions import describe_streams, epoch_samples
 from megatron.stream.identity import DatasetIdentity
+from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.sample_counts import SplitCounts, requested_samples, train_iters_for_epochs
+from megatron.stream.sequential_order import has_rows_alone
 from megatron.stream.stream_settings import DatasetFiles, StreamSettings, identify_datasets
 
 __all__ = [
@@ -46,11 +49,19 @@ class DescribedData:
     train_iters: int  # configured, or what train_epochs comes to
 
 
-def wanted_launch(config: RunConfig, *, environment: Mapping[str, Any] | None = None) -> Wanted:
+def wanted_launch(
+    config: RunConfig,
+    *,
+    records: Mapping[str, DatasetNote] = MappingProxyType({}),
+    needs_tokens: bool = True,
+    environment: Mapping[str, Any] | None = None,
+) -> Wanted:
     """Read what a launch asks for; datasets are identified, which may mean hashing them once.
 
     Args:
         config: of the launch.
+        records: datasets of the run that it continues, by the names that they keep.
+        needs_tokens: False: of a dataset its index may be all there is.
         environment: of the machines that train, as attempts record it; None: this one's versions.
 
     Raises:
@@ -58,7 +69,7 @@ def wanted_launch(config: RunConfig, *, environment: Mapping[str, Any] | None = 
         DatasetError: a dataset cannot be read.
     """
     training, ledger = config.training, config.ledger
-    data = described_data(config)
+    data = described_data(config, records=records, needs_tokens=needs_tokens)
     schedule = ScheduleSettings.from_config(
         config.lr_scheduler,
         config.optimizer,
@@ -90,18 +101,31 @@ def wanted_launch(config: RunConfig, *, environment: Mapping[str, Any] | None = 
         settings=number_settings(config.flat()),
         train_epochs=training.train_epochs,
         epoch_samples=data.epoch_samples,
+        notices=_notices(config, data),
     )
 
 
-def described_data(config: RunConfig) -> DescribedData:
+def described_data(
+    config: RunConfig,
+    *,
+    records: Mapping[str, DatasetNote] = MappingProxyType({}),
+    needs_tokens: bool = True,
+) -> DescribedData:
     """Describe the orders of a new run of a configuration.
+
+    Args:
+        config: what names the data.
+        records: datasets of the run that is continued, by the names that they keep.
+        needs_tokens: False: of a dataset its index may be all there is.
 
     Raises:
         ConfigError: keys that contradict each other, or no step fits the data.
         DatasetError: a dataset cannot be read.
     """
     settings = stream_settings(config)
-    identities = identify_datasets(settings)
+    identities = identify_datasets(settings, records=records)
+    if needs_tokens:
+        _require_tokens(identities)
     training, batch = config.training, config.geometry.global_batch_size
     orders = describe_streams(settings, requested_counts(config), identities)
     train = orders["train"]
@@ -213,6 +237,32 @@ def _note(files: DatasetFiles, identity: DatasetIdentity) -> DatasetNote:
         num_documents=identity.num_documents,
         num_tokens=identity.num_tokens,
         companions={role: str(Path(path).resolve()) for role, path in files.companions},
+        index=identity.index_digest,
+        pieces=identity.pieces,
+    )
+
+
+def _require_tokens(datasets: Iterable[DatasetFiles]) -> None:
+    """Check that every dataset has token files; some of them are enough so far."""
+    for files in datasets:
+        for prefix in (files.prefix, *(path for _, path in files.companions)):
+            tokens = IndexedDataset(prefix).tokens
+            if len(tokens.missing) == len(tokens.shards):
+                tokens.require_all()
+
+
+def _notices(config: RunConfig, data: DescribedData) -> tuple[str, ...]:
+    """Say of which training data it looks as if it should be read in another way."""
+    order, width = data.orders["train"], config.model.seq_length + 1
+    if "data_order" in config.written or order is None or order.packing != "packed":
+        return ()
+    names = {component.dataset for component in order.components}
+    paths = sorted(note.path for name, note in data.datasets.items() if name in names)
+    return tuple(
+        f"every document of {path} has seq_length + 1 = {width} tokens, as in preshuffled data; it "
+        "is shuffled all the same, as NeoX does. To read row after row say data_order: sequential"
+        for path in paths
+        if has_rows_alone(IndexedDataset(path), width - 1)
     )
 
 

@@ -38,10 +38,12 @@ def join_datasets(datasets: Sequence[IndexedDataset], prefix: Path) -> int:
     """Write ``datasets``, in this order, as one dataset; return its number of documents.
 
     Raises:
-        DatasetError: they store tokens in different types, or ``prefix`` is one of them.
+        DatasetError: files are missing, they store tokens in different types, or ``prefix`` is one
+            of them.
     """
     first = datasets[0]
     for dataset in datasets:
+        dataset.tokens.require_all()
         if dataset.dtype != first.dtype:
             raise DatasetError(
                 f"{first.prefix} holds {first.dtype} and {dataset.prefix} {dataset.dtype}: they "

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from megatron.base.atomic_files import fsync_directory, write_atomically
 from megatron.base.errors import DatasetError
 from megatron.stream.indexed_dataset import IndexedDataset
-from megatron.stream.token_bytes import find_shards
+from megatron.stream.shard_layout import find_shards
 
 __all__ = ["check_files", "cut_dataset", "join_dataset", "read_checksums", "shard_name"]
 
@@ -57,6 +57,7 @@ def cut_dataset(
     if shard_bytes < 1:
         raise DatasetError(f"a shard of {shard_bytes} bytes is not possible; at least 1")
     dataset = IndexedDataset(source)
+    dataset.tokens.require_all()
     total = dataset.tokens.size
     num_shards = max(1, -(-total // shard_bytes))
     if num_shards > 99_999:
@@ -80,6 +81,7 @@ def join_dataset(
         DatasetError: shards are missing or damaged, or files of ``target`` exist.
     """
     dataset = IndexedDataset(source)
+    dataset.tokens.require_all()
     names = {f"{target.name}.bin": max(1, dataset.tokens.size)}
     return _write(dataset, target, names, on_progress)
 

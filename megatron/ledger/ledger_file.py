@@ -47,7 +47,10 @@ LEDGER_FILE = "ledger.json"
 _LIMIT_BYTES = 1 << 28
 FORMAT = 1
 """Raised when a reader of the old format would misunderstand the new one."""
-_LIMIT_BYTES = 1 << 28
+_KNOWN_BY = {
+    "sampled": "samples of its bytes",
+    "index": "its index and the token files that were there",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +104,12 @@ class DatasetNote:
     """Where a dataset was seen last, and how thoroughly its content was looked at."""
 
     path: str  # prefix
-    level: str  # "complete" or "sampled"
+    level: str  # "complete", "sampled", or "index" where token files are missing
     num_documents: int
     num_tokens: int
     companions: Mapping[str, str] = field(default_factory=dict)  # "label", "reward", "ref" -> path
+    index: str = ""  # digest of its index: what is recognised while shards are missing
+    pieces: str = ""  # short digests of what was looked at of its bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,12 +218,12 @@ class Ledger:
             f"{change.skipped.tokens} skipped{'' if change.is_exact else ' (estimated)'}."
             for change in self.accepted
         )
-        sampled = sum(note.level != "complete" for note in self.datasets.values())
-        if sampled:
-            sentences.append(
-                f"The content of {sampled} of {len(self.datasets)} datasets is known by samples "
-                "of its bytes."
-            )
+        for level, how in _KNOWN_BY.items():
+            count = sum(note.level == level for note in self.datasets.values())
+            if count:
+                sentences.append(
+                    f"The content of {count} of {len(self.datasets)} datasets is known by {how}."
+                )
         return " ".join(sentences)
 
 

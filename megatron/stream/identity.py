@@ -8,6 +8,12 @@ Up to 4 GiB all token bytes are hashed (level ``complete``), above that 4096 blo
 evenly from the first byte to the last (``sampled``). Blocks count in the dataset's own bytes, so
 that shards may be cut anywhere. ``doc_idx`` is no part of it: nothing in training reads it.
 
+Where shards are missing the digest is that of the index (level ``index``, and no digest of the
+token bytes). Datasets of equal document sizes can have the same one: all preshuffled sets of one
+length do. So what could be hashed is kept as well, in up to 512 *pieces* of consecutive blocks, and
+a run recognises its data by its index and the pieces that both it and the files know (``Record``,
+decision 0007).
+
 Hashing is done once: the result is kept beside the data with size, time and inode of every file.
 """
 
@@ -16,11 +22,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 
@@ -29,9 +35,9 @@ from megatron.base.errors import DatasetError
 from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.token_bytes import TokenBytes
 
-__all__ = ["DatasetIdentity", "Level", "file_status", "identify"]
+__all__ = ["DatasetIdentity", "Level", "Record", "file_status", "identify"]
 
-Level = Literal["complete", "sampled"]
+Level = Literal["complete", "sampled", "index"]
 
 _ALGORITHM = "neox-ledger dataset 1"
 _WHOLE_BYTES = 4 << 30  # more are sampled
@@ -39,7 +45,22 @@ _BLOCK_BYTES = 16 << 20
 _SAMPLED_BLOCKS = 4096
 _SAMPLED_BLOCK_BYTES = 64 << 10
 _THREADS = 8  # hashing releases the interpreter lock; on network file systems they hide latency
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+_PIECES = 512  # at most
+_PIECE_DIGITS = 8
+_UNKNOWN_PIECE = "-" * _PIECE_DIGITS
+
+
+class Record(Protocol):
+    """What a run has on record of a dataset besides its name."""
+
+    @property
+    def index(self) -> str:
+        """Digest of its index; empty if an earlier release didn't write it down."""
+
+    @property
+    def pieces(self) -> str:
+        """Short digests of pieces of its bytes, dashes for those that nobody has seen."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +68,45 @@ class DatasetIdentity:
     """A dataset's content, with that of its companions (labels, rewards, reference values)."""
 
     digest: str  # names the content in orders, the same at either level of care
-    level: Level  # "complete": every token byte was looked at
+    level: Level  # what was looked at: every token byte, samples of them, or not all samples
     num_documents: int
     num_tokens: int
+    index_digest: str  # of dtype and document sizes alone
+    pieces: str  # short digests of what was looked at, see above
     complete_digest: str | None = None
     """Digest of every byte; equal to ``digest`` unless the dataset is large. None if sampled."""
+
+    def named_by(self, records: Mapping[str, Record]) -> Self:
+        """Return it under the name that a run knows it by, if the run does.
+
+        A dataset keeps its name while shards of it are missing, and when they come back: the index
+        is the same, and every piece that the run and these files know is.
+
+        Args:
+            records: what the run has read, by name.
+
+        Raises:
+            DatasetError: shards are missing, and it could be several of them.
+        """
+        if self.digest in records and self.level != "index":
+            return self
+        names = [
+            name
+            for name, record in records.items()
+            if record.index == self.index_digest and _agree(record.pieces, self.pieces)
+        ]
+        if len(names) > 1:
+            raise DatasetError(
+                f"the run has read several datasets whose documents have the sizes of this one "
+                f"({self.num_documents} documents, {self.num_tokens} tokens; {', '.join(names)}), "
+                "and too many shards are missing to tell which it is"
+            )
+        if names:
+            pieces = _merged(records[names[0]].pieces, self.pieces)
+            return dataclasses.replace(self, digest=names[0], pieces=pieces)
+        if self.digest in records:  # the same index, but other bytes
+            return dataclasses.replace(self, digest=_joined(self.digest, [("bytes", self.pieces)]))
+        return self
 
 
 def identify(
@@ -79,11 +134,27 @@ def identify(
     others = [
         (role, _identify_one(path, full=full, on_bytes=on_bytes)) for role, path in companions
     ]
-    all_complete = all(one.complete_digest for one in (identity, *(one for _, one in others)))
+    everything = (identity, *(one for _, one in others))
+    index_digest = _joined(
+        identity.index_digest, [(role, one.index_digest) for role, one in others]
+    )
+    pieces = "".join(one.pieces for one in everything)
+    if any(one.level == "index" for one in everything):
+        return dataclasses.replace(
+            identity,
+            digest=index_digest,
+            level="index",
+            index_digest=index_digest,
+            pieces=pieces,
+            complete_digest=None,
+        )
+    all_complete = all(one.complete_digest for one in everything)
     return dataclasses.replace(
         identity,
         digest=_joined(identity.digest, [(role, one.digest) for role, one in others]),
         level="complete" if all_complete else "sampled",
+        index_digest=index_digest,
+        pieces=pieces,
         complete_digest=_joined(
             str(identity.complete_digest),
             [(role, str(one.complete_digest)) for role, one in others],
@@ -108,11 +179,33 @@ def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _agree(one: str, other: str) -> bool:
+    """Whether all pieces are equal that are known on both sides."""
+    if "" not in (one, other) and len(one) != len(other):
+        return False
+    return all(
+        _UNKNOWN_PIECE in (mine, theirs) or mine == theirs
+        for mine, theirs in zip(_split(one), _split(other), strict=False)
+    )
+
+
+def _merged(one: str, other: str) -> str:
+    """Return what is known on either side of pieces that agree."""
+    if not one:
+        return other
+    pairs = zip(_split(one), _split(other), strict=True)
+    return "".join(theirs if mine == _UNKNOWN_PIECE else mine for mine, theirs in pairs)
+
+
+def _split(pieces: str) -> list[str]:
+    return [pieces[at : at + _PIECE_DIGITS] for at in range(0, len(pieces), _PIECE_DIGITS)]
+
+
 def _identify_one(prefix: str, *, full: bool, on_bytes: Callable[[int], None]) -> DatasetIdentity:
     dataset = IndexedDataset(prefix)
     files = _statuses(dataset)
     known = _read_cache(prefix, files)
-    if known is not None and (known.level == "complete" or not full):
+    if known is not None and (known.level != "sampled" or not full):
         return known
     identity = _hash(dataset, full=full, on_bytes=on_bytes)
     if _statuses(dataset) != files:
@@ -133,19 +226,32 @@ def _hash(
     tokens = dataset.tokens
     sizes = hashlib.sha256(np.ascontiguousarray(dataset.sizes).data).hexdigest()
 
-    def named(level: Level, blocks: Iterable[tuple[int, int]]) -> str:
-        content = _digest_of_blocks(tokens, blocks, on_bytes)
+    def named(level: Level, content: str) -> str:
         lines = (_ALGORITHM, dataset.dtype.name, len(dataset), tokens.size, sizes, level, content)
         return _short_digest("\n".join(map(str, lines)))
 
     is_small = tokens.size <= _WHOLE_BYTES
-    complete = named("complete", _all_blocks(tokens.size)) if is_small or full else None
-    digest = complete if is_small and complete else named("sampled", _spread_blocks(tokens.size))
+    usual = _all_blocks(tokens.size) if is_small else _spread_blocks(tokens.size)
+    digests = _block_digests(tokens, usual, on_bytes)
+    index_digest = named("index", "")
+    level: Level = "complete" if is_small else "sampled"
+    digest, complete = index_digest, None
+    if tokens.missing:
+        level = "index"
+    else:
+        digest = named(level, _digest_of_blocks(digests))
+        if is_small:
+            complete = digest
+        elif full:
+            blocks = _block_digests(tokens, _all_blocks(tokens.size), on_bytes)
+            level, complete = "complete", named("complete", _digest_of_blocks(blocks))
     return DatasetIdentity(
         digest=digest,
-        level="complete" if complete is not None else "sampled",
+        level=level,
         num_documents=len(dataset),
         num_tokens=tokens.size // dataset.dtype.itemsize,
+        index_digest=index_digest,
+        pieces=_pieces(digests),
         complete_digest=complete,
     )
 
@@ -162,23 +268,47 @@ def _spread_blocks(size: int) -> Iterable[tuple[int, int]]:
         yield start, start + _SAMPLED_BLOCK_BYTES
 
 
-def _digest_of_blocks(
+def _block_digests(
     tokens: TokenBytes, blocks: Iterable[tuple[int, int]], on_bytes: Callable[[int], None]
-) -> str:
-    whole = hashlib.sha256()
+) -> list[bytes | None]:
+    """Return the digest of each block; None where a shard is missing."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(_THREADS) as threads:
-        files = [stack.enter_context(open(shard.path, "rb")) for shard in tokens.shards]
+        files = [
+            stack.enter_context(open(shard.path, "rb")) if shard.is_there else None
+            for shard in tokens.shards
+        ]
 
-        def block_digest(block: tuple[int, int]) -> bytes:
+        def block_digest(block: tuple[int, int]) -> bytes | None:
             digest = hashlib.sha256()
             for index, start, stop in tokens.parts(*block):
-                digest.update(_read(files[index], start, stop))
+                file = files[index]
+                if file is None:
+                    return None
+                digest.update(_read(file, start, stop))
             on_bytes(block[1] - block[0])
             return digest.digest()
 
-        for digest in threads.map(block_digest, blocks):
-            whole.update(digest)
+        return list(threads.map(block_digest, blocks))
+
+
+def _digest_of_blocks(digests: Iterable[bytes | None]) -> str:
+    whole = hashlib.sha256()
+    for digest in digests:
+        assert digest is not None  # noqa: S101 - the caller knows that no shard is missing
+        whole.update(digest)
     return whole.hexdigest()
+
+
+def _pieces(digests: Sequence[bytes | None]) -> str:
+    """Return a short digest of so many consecutive blocks each; unknown if one of them is."""
+    length = max(1, -(-len(digests) // _PIECES))  # blocks
+    pieces = []
+    for first in range(0, len(digests), length):
+        blocks = digests[first : first + length]
+        pieces.append(
+            _UNKNOWN_PIECE if None in blocks else _digest_of_blocks(blocks)[:_PIECE_DIGITS]
+        )
+    return "".join(pieces)
 
 
 def _read(file: BinaryIO, start: int, stop: int) -> bytes:
@@ -189,16 +319,18 @@ def _read(file: BinaryIO, start: int, stop: int) -> bytes:
     return content
 
 
-def _statuses(dataset: IndexedDataset) -> list[dict[str, int]]:
-    paths = [dataset.index.path, *(shard.path for shard in dataset.tokens.shards)]
-    return [file_status(path) for path in paths]
+def _statuses(dataset: IndexedDataset) -> list[dict[str, int] | None]:
+    return [
+        file_status(dataset.index.path),
+        *(file_status(shard.path) if shard.is_there else None for shard in dataset.tokens.shards),
+    ]
 
 
 def _cache_path(prefix: str) -> Path:
     return Path(f"{prefix}_identity.json")
 
 
-def _read_cache(prefix: str, files: list[dict[str, int]]) -> DatasetIdentity | None:
+def _read_cache(prefix: str, files: list[dict[str, int] | None]) -> DatasetIdentity | None:
     try:
         content: dict[str, Any] = json.loads(_cache_path(prefix).read_bytes())
         if content.pop("version") != _CACHE_VERSION or content.pop("files") != files:

@@ -1,7 +1,8 @@
 """Documents of tokens: reading and writing ``P.bin`` with ``P.idx``.
 
-A dataset is named by its prefix ``P``. Its token file may be cut into shards (token_bytes). All
-is memory-mapped when first touched; a document is a view, not a copy.
+A dataset is named by its prefix ``P``. Its token file may be cut into shards (shard_layout), and
+those that nobody reads need not be there. All is memory-mapped when first touched; a document is a
+view, not a copy.
 """
 
 import array
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from megatron.base.errors import DatasetError
 from megatron.stream.index_file import IndexFile, dtype_code, read_index, write_index
-from megatron.stream.token_bytes import TokenBytes, find_shards
+from megatron.stream.shard_layout import find_shards, lay_out
+from megatron.stream.token_bytes import TokenBytes
 
 __all__ = ["IndexedDataset", "IndexedDatasetBuilder", "dataset_exists"]
 
 
 def dataset_exists(prefix: str | os.PathLike[str]) -> bool:
-    """Whether both the index and the tokens of ``prefix`` are there."""
+    """Whether the index and tokens of ``prefix`` are there; one shard of them is enough."""
     prefix = os.fspath(prefix)
     return os.path.exists(prefix + ".idx") and bool(find_shards(prefix))
 
@@ -36,17 +38,18 @@ class IndexedDataset:
         warm_up: read both files through once, so that later reads find them in memory.
 
     Raises:
-        DatasetError: a file is missing or damaged, or the two do not belong together.
+        DatasetError: the index is missing or damaged, or the token files don't belong to it. Token
+            files that are missing are named when they are read.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, warm_up: bool = False) -> None:
         self.prefix = os.fspath(prefix)
         self.index = _open_index(self.prefix)
-        self.tokens = _open_tokens(self.prefix, self.index)
+        self.tokens = TokenBytes(lay_out(self.prefix, self.index))
         self._doc_idx = self.index.doc_idx
         if warm_up:
             self.tokens.warm_up()
-            TokenBytes([self.index.path]).warm_up()
+            TokenBytes.of_files([self.index.path]).warm_up()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -110,6 +113,7 @@ class IndexedDataset:
         end: reading past it goes on into the next document's tokens.
 
         Raises:
+            DatasetError: the token file is missing.
             IndexError: no such document.
             ValueError: the tokens would leave the file.
         """
@@ -180,6 +184,7 @@ class IndexedDatasetBuilder:
             DatasetError: the other dataset cannot be read, or has another type.
         """
         other = IndexedDataset(prefix)
+        other.tokens.require_all()
         if other.dtype != self.dtype:
             raise DatasetError(
                 f"{other.prefix} holds {other.dtype} and cannot be merged into {self._path} "
@@ -213,27 +218,14 @@ def _document_number(index: int | np.integer[Any], num_documents: int) -> int:
 
 def _open_index(prefix: str) -> IndexFile:
     path = Path(prefix + ".idx")
-    missing = [] if path.exists() else [str(path)]
+    if path.exists():
+        return read_index(path)
+    missing = [str(path)]
     if not find_shards(prefix):
         missing.append(prefix + ".bin")
-    if missing:
-        names = " and ".join(missing)
-        verb = "does" if len(missing) == 1 else "do"
-        raise DatasetError(
-            f"dataset {prefix}: {names} {verb} not exist; a dataset is named by its path "
-            "without .bin and .idx"
-        )
-    return read_index(path)
-
-
-def _open_tokens(prefix: str, index: IndexFile) -> TokenBytes:
-    tokens = TokenBytes(find_shards(prefix))
-    if tokens.size != index.size_bytes:
-        relation = "shorter" if tokens.size < index.size_bytes else "longer"
-        name = prefix + ".bin" if len(tokens.shards) == 1 else f"the shards of {prefix}"
-        raise DatasetError(
-            f"{name}: {tokens.size} bytes, {relation} than the {index.size_bytes} that "
-            f"{index.path} says ({len(index.sizes)} documents of {index.dtype}); "
-            "the two are not from one run, or a copy was cut off"
-        )
-    return tokens
+    names = " and ".join(missing)
+    verb = "does" if len(missing) == 1 else "do"
+    raise DatasetError(
+        f"dataset {prefix}: {names} {verb} not exist; a dataset is named by its path "
+        "without .bin and .idx"
+    )

@@ -11,7 +11,7 @@ from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.orders import Occurrences, Order, TailBlocks, TokenSpans
 from megatron.stream.scans import indices_of
 
-__all__ = ["SequentialOrder", "require_rows"]
+__all__ = ["SequentialOrder", "has_rows_alone", "require_rows"]
 
 
 def require_rows(dataset: IndexedDataset, documents: range, seq_length: int) -> None:
@@ -29,6 +29,14 @@ def require_rows(dataset: IndexedDataset, documents: range, seq_length: int) -> 
             f"{seq_length + 1} tokens, but document {documents.start + first} has {sizes[first]} "
             f"({int(is_other.sum())} of {len(sizes)} have another number)"
         )
+
+
+def has_rows_alone(dataset: IndexedDataset, seq_length: int) -> bool:
+    """Whether every document is one sample, as in preshuffled data."""
+    width, size_bytes = seq_length + 1, dataset.index.size_bytes
+    if not len(dataset) or size_bytes != len(dataset) * width * dataset.dtype.itemsize:
+        return False  # most data, without reading all sizes
+    return bool((dataset.sizes == width).all())
 
 
 class SequentialOrder(Order):

@@ -1,11 +1,13 @@
 """What the configuration says about data, by NeoX's names, and which files it names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
-from megatron.base.errors import ConfigError
-from megatron.stream.identity import DatasetIdentity, identify
+from megatron.base.errors import ConfigError, DatasetError
+from megatron.stream.identity import DatasetIdentity, Record, identify
 
 __all__ = ["DatasetFiles", "Split", "StreamSettings", "dataset_files", "identify_datasets"]
 
@@ -146,6 +148,7 @@ def dataset_files(settings: StreamSettings) -> dict[Split, tuple[DatasetFiles, .
 def identify_datasets(
     settings: StreamSettings,
     *,
+    records: Mapping[str, Record] = MappingProxyType({}),
     full: bool = False,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> dict[DatasetFiles, DatasetIdentity]:
@@ -153,19 +156,39 @@ def identify_datasets(
 
     Args:
         settings: data keys.
+        records: what the run that is continued has read, by name; a dataset keeps that name.
         full: look at every byte, however large a dataset.
         on_bytes: told how many bytes were hashed.
 
     Raises:
         ConfigError: keys that contradict each other.
-        DatasetError: a dataset cannot be read.
+        DatasetError: a dataset cannot be read, or not told from another one.
     """
     settings.require_consistent()
     wanted = {files for group in dataset_files(settings).values() for files in group}
-    return {
-        files: identify(files.prefix, files.companions, full=full, on_bytes=on_bytes)
+    identities = {
+        files: identify(files.prefix, files.companions, full=full, on_bytes=on_bytes).named_by(
+            records
+        )
         for files in sorted(wanted, key=lambda files: (files.prefix, files.label or ""))
     }
+    _require_distinct(identities)
+    return identities
+
+
+def _require_distinct(identities: Mapping[DatasetFiles, DatasetIdentity]) -> None:
+    """Check that no two datasets have one name only because shards of them are missing."""
+    named: dict[str, DatasetFiles] = {}
+    for files, identity in identities.items():
+        other = named.setdefault(identity.digest, files)
+        if "index" not in (identity.level, identities[other].level):
+            continue
+        if Path(other.prefix).resolve() != Path(files.prefix).resolve():
+            raise DatasetError(
+                f"{other.prefix} and {files.prefix} have equal document sizes, and with shards "
+                "missing they can't be told apart. Get all shards of one of them, or name one "
+                "dataset by one path"
+            )
 
 
 def _paths(settings: StreamSettings, split: Split) -> tuple[str, ...]:

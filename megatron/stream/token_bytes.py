@@ -1,84 +1,62 @@
-"""The token bytes of a dataset: one ``P.bin``, or shards of it, read as one address space.
+"""The token bytes of a dataset, in one file or in shards, read as one address space."""
 
-Shards are named ``P-00000-of-00132.bin`` to ``P-00132-of-00132.bin``: the last number is the last
-index, as Pythia's files have it. A cut may fall anywhere, also inside a token.
-"""
-
-import glob
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.base.errors import DatasetError
 from megatron.stream import compiled
+from megatron.stream.shard_layout import Shard
 
-__all__ = ["Shard", "TokenBytes", "find_shards"]
-
-_SHARD_SUFFIX = re.compile(r"-(\d{5})-of-(\d{5})\.bin$")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One physical file and the half-open byte range of the dataset that it holds."""
-
-    path: Path
-    start: int
-    stop: int
-
-
-def find_shards(prefix: str) -> list[Path]:
-    """Return the token files of ``prefix`` in order; empty if there are none.
-
-    Raises:
-        DatasetError: shards are missing, or those of two different cuts lie side by side.
-    """
-    whole = Path(prefix + ".bin")
-    if whole.exists():
-        return [whole]
-    found: dict[int, dict[int, Path]] = {}
-    for name in glob.glob(glob.escape(prefix) + "-*-of-*.bin"):
-        match = _SHARD_SUFFIX.search(name)
-        if match is not None and name[: match.start()] == prefix:
-            found.setdefault(int(match[2]), {})[int(match[1])] = Path(name)
-    if not found:
-        return []
-    if len(found) > 1:
-        lasts = " and ".join(f"-of-{last:05d}" for last in sorted(found))
-        raise DatasetError(f"{prefix}: shards of different cuts ({lasts}); keep one set")
-    last, shards = next(iter(found.items()))
-    for index in range(last + 1):
-        if index not in shards:
-            raise DatasetError(
-                f"{prefix}: {len(shards)} of {last + 1} shards are there; the first missing one "
-                f"is {prefix}-{index:05d}-of-{last:05d}.bin"
-            )
-    return [shards[index] for index in range(last + 1)]
+__all__ = ["TokenBytes"]
 
 
 class TokenBytes:
-    """Read-only bytes ``[0, size)`` over one or several files, mapped when first touched."""
+    """Read-only bytes ``[0, size)`` over one or several files, mapped when first touched.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    A file that isn't there is missed when bytes of it are read.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards: tuple[Shard, ...] = tuple(shards)
+        self.size = self.shards[-1].stop if self.shards else 0
+        self.starts = np.array([shard.start for shard in shards], dtype=np.int64)  # bytes
+        self._maps: dict[int, NDArray[np.uint8]] = {}
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path]) -> Self:
+        """Return the bytes of existing files, one after the other."""
         shards = []
         start = 0
         for path in paths:
             stop = start + path.stat().st_size
             shards.append(Shard(path, start, stop))
             start = stop
-        self.shards: tuple[Shard, ...] = tuple(shards)
-        self.size = start
-        self.starts = np.array([shard.start for shard in shards], dtype=np.int64)  # bytes
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        return cls(shards)
+
+    @property
+    def missing(self) -> tuple[Shard, ...]:
+        """Files that weren't there when the dataset was opened."""
+        return tuple(shard for shard in self.shards if not shard.is_there)
+
+    def require_all(self) -> None:
+        """Check that no file is missing, for what reads all of them.
+
+        Raises:
+            DatasetError: one is.
+        """
+        for index, shard in enumerate(self.shards):
+            if not shard.path.exists():
+                raise self._absence(index)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Return bytes ``[start, stop)``: a view where one shard holds them, else a copy.
 
         Raises:
+            DatasetError: a file that is needed is missing.
             ValueError: the range leaves the dataset.
         """
         if not 0 <= start <= stop <= self.size:
@@ -108,6 +86,7 @@ class TokenBytes:
             out: contiguous array of any type.
 
         Raises:
+            DatasetError: a file that is needed is missing.
             ValueError: a span leaves the dataset or ``out``.
         """
         if len(self.shards) == 1:
@@ -145,8 +124,10 @@ class TokenBytes:
                 yield index, max(start - shard.start, 0), min(stop, shard.stop) - shard.start
 
     def warm_up(self) -> None:
-        """Read every shard once, so that the page cache holds what fits."""
+        """Read every shard that is there once, so that the page cache holds what fits."""
         for shard in self.shards:
+            if not shard.is_there:
+                continue
             with open(shard.path, "rb") as file:
                 while file.read(64 << 20):
                     pass
@@ -161,6 +142,34 @@ class TokenBytes:
             if shard.start == shard.stop:  # an empty file cannot be mapped
                 mapped = np.zeros(0, dtype=np.uint8)
             else:
-                mapped = np.memmap(shard.path, dtype=np.uint8, mode="r").view(np.ndarray)
+                mapped = self._map_file(index)
             self._maps[index] = mapped
         return mapped
+
+    def _map_file(self, index: int) -> NDArray[np.uint8]:
+        shard = self.shards[index]
+        try:
+            size_bytes = shard.path.stat().st_size
+        except FileNotFoundError:
+            raise self._absence(index) from None
+        if size_bytes != shard.stop - shard.start:  # one that came later may still be copied
+            raise DatasetError(
+                f"{shard.path} has {size_bytes} bytes now; it holds bytes {shard.start}.."
+                f"{shard.stop} of the dataset, {shard.stop - shard.start} in number: copy it again"
+            )
+        return np.memmap(shard.path, dtype=np.uint8, mode="r").view(np.ndarray)
+
+    def _absence(self, index: int) -> DatasetError:
+        shard = self.shards[index]
+        if len(self.shards) == 1:
+            prefix = str(shard.path).removesuffix(".bin")
+            return DatasetError(
+                f"dataset {prefix}: {shard.path} does not exist; a dataset is named by its path "
+                "without .bin and .idx"
+            )
+        num_missing = sum(not one.path.exists() for one in self.shards)
+        return DatasetError(
+            f"{shard.path} does not exist ({num_missing} of {len(self.shards)} shards are missing) "
+            f"and holds bytes {shard.start}..{shard.stop} of the dataset. `neox-ledger shards "
+            "required-for A..B` lists the files that steps need"
+        )

@@ -208,7 +208,7 @@ def test_an_export_that_fails_leaves_nothing(ask, tmp_path):
     (tmp_path / "run/corpus.bin").unlink()
     status, _, err = ask("export", "1", "--output", tmp_path / "out", run=tmp_path / "run/save")
     assert status == 2
-    assert "is not there" in err
+    assert "corpus.bin does not exist" in err
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 

@@ -125,7 +125,7 @@ def test_a_missing_file_is_named(prefix, missing, message):
         os.unlink(prefix + suffix)
     assert not dataset_exists(prefix)
     with pytest.raises(DatasetError, match=message):
-        IndexedDataset(prefix)
+        IndexedDataset(prefix)[0]
 
 
 def _edit(path, offset, content):

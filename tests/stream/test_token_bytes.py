@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron.base.errors import DatasetError
 from megatron.stream.indexed_dataset import IndexedDataset
-from megatron.stream.token_bytes import TokenBytes, find_shards
+from megatron.stream.shard_layout import find_shards
+from megatron.stream.token_bytes import TokenBytes
 from tests.stream.recorded import GOLDEN, write_dataset
 
 
@@ -46,7 +47,7 @@ def test_gathering_spans_equals_slicing_the_whole(tmp_path_factory, cuts, spans)
     for index in range(len(bounds) - 1):
         paths.append(folder / f"{index}")
         paths[-1].write_bytes(content[bounds[index] : bounds[index + 1]])
-    tokens = TokenBytes(paths)
+    tokens = TokenBytes.of_files(paths)
     starts = np.array([min(span) for span in spans], dtype=np.int64)
     sizes = np.array([max(span) for span in spans], dtype=np.int64) - starts
     out = np.zeros(int(sizes.sum()), dtype=np.uint8)
@@ -58,21 +59,11 @@ def test_gathering_spans_equals_slicing_the_whole(tmp_path_factory, cuts, spans)
 def test_spans_outside_are_refused(tmp_path, num_shards):
     for index in range(num_shards):
         (tmp_path / str(index)).write_bytes(b"0123456789")
-    tokens = TokenBytes([tmp_path / str(index) for index in range(num_shards)])
+    tokens = TokenBytes.of_files([tmp_path / str(index) for index in range(num_shards)])
     out = np.zeros(8, dtype=np.uint8)
     for start, target, size in [(tokens.size - 4, 0, 8), (-1, 0, 4), (0, 4, 8), (0, -1, 2)]:
         with pytest.raises(ValueError, match="a span leaves"):
             tokens.gather(np.array([start]), np.array([target]), np.array([size]), out)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    prefix = write_dataset(tmp_path / "t", GOLDEN["docs"])
-    cut(prefix, [10, 20])
-    os.unlink(f"{prefix}-00001-of-00002.bin")
-    with pytest.raises(
-        DatasetError, match=r"2 of 3 shards are there; .* is .*t-00001-of-00002\.bin"
-    ):
-        IndexedDataset(prefix)
 
 
 def test_shards_of_two_cuts_are_refused(tmp_path):

@@ -82,6 +82,7 @@ class Wanted:
     train_epochs: int | None = None
     epoch_samples: Mapping[str, int] = field(default_factory=dict)
     """Samples of one pass, by component key; needed to say how often each dataset is passed."""
+    notices: tuple[str, ...] = ()  # sentences on the data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -250,13 +250,16 @@ def _notices(wanted: Wanted, step: int, datasets: Mapping[str, DatasetNote]) -> 
         notices.append("nothing is recorded: save is not set")
     if wanted.train_iters <= step:
         notices.append(f"no step is left: train_iters is {wanted.train_iters}")
-    sampled = sorted(note.path for note in datasets.values() if note.level != "complete")
+    sampled = sorted(note.path for note in datasets.values() if note.level == "sampled")
     if sampled:
         notices.append(
             f"known by samples of their bytes only: {', '.join(sampled)}; "
             "`neox-ledger verify --full` reads all of them"
         )
-    return tuple(notices)
+    partial = sorted(note.path for note in datasets.values() if note.level == "index")
+    if partial:
+        notices.append(f"known by the index and the token files there: {', '.join(partial)}")
+    return (*notices, *wanted.notices)
 
 
 def _passes(wanted: Wanted, train: StreamPlan, step: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The datasets of a run, where they lie now: opened order by order, checked by content."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from megatron.base.errors import DatasetError
 from megatron.ledger.ledger_file import DatasetNote
 from megatron.stream.identity import DatasetIdentity, identify
-from megatron.stream.indexed_dataset import IndexedDataset, dataset_exists
+from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.opening import open_order_alone
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.sample_stream import Stream
@@ -100,13 +101,18 @@ class RunData:
             )
         size = f"{note.num_documents} documents, {note.num_tokens} tokens"
         for path in (note.path, *([] if label is None else [label])):
-            if not dataset_exists(path):
+            if not _has_index(path):
                 whose = f"dataset {path} ({size})" if path == note.path else f"label dataset {path}"
                 raise DatasetError(
                     f"{whose} is not there; if it lies elsewhere now, name its prefix with --data"
                 )
         files = DatasetFiles(note.path, label)
         found = self._identity(files)
+        if found.digest != identity and found.level == "index" and not note.index:
+            raise DatasetError(
+                f"{note.path}: token files are missing, and the run's record is too old to tell "
+                f"by the others whether it is what the run read ({size})"
+            )
         if found.digest != identity:
             labels = "" if label is None else f" with labels {label}"
             raise DatasetError(
@@ -122,10 +128,16 @@ class RunData:
         if label is None:
             yield from map(DatasetFiles, self._prefixes)
             return
-        labels = [*([label] if dataset_exists(label) else []), *self._prefixes]
-        note_paths = [note.path for note in self._datasets.values() if dataset_exists(note.path)]
+        labels = [*([label] if _has_index(label) else []), *self._prefixes]
+        note_paths = [note.path for note in self._datasets.values() if _has_index(note.path)]
         for prefix in dict.fromkeys([*self._prefixes, *note_paths]):
             yield from (DatasetFiles(prefix, one) for one in labels if one != prefix)
 
     def _identity(self, files: DatasetFiles) -> DatasetIdentity:
-        return identify(files.prefix, files.companions, full=self._full)
+        found = identify(files.prefix, files.companions, full=self._full)
+        return found.named_by(self._datasets)
+
+
+def _has_index(prefix: str) -> bool:
+    """Whether a dataset is there; of its token files only those that are read must be."""
+    return Path(prefix + ".idx").exists()

@@ -234,6 +234,8 @@ class SimulatedRun:
                     level=identity.level,
                     num_documents=identity.num_documents,
                     num_tokens=identity.num_tokens,
+                    index=identity.index_digest,
+                    pieces=identity.pieces,
                 )
                 for files, identity in identities.items()
             },
