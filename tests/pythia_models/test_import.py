@@ -18,6 +18,7 @@ from megatron.cli.ledger.main import main as ledger
 from megatron.cli.pythia.importing import import_step, import_with_moments_of
 from megatron.cli.pythia.main import main
 from megatron.cli.pythia.models import model_of_files
+from megatron.cli.pythia.warm_up import import_warm
 from megatron.stream.index_file import read_index
 from tests.engine.training_runs import copy_corpus, run_training
 from tests.hugging_face.hub_models import save as save_model
@@ -122,7 +123,7 @@ def neox(tmp_path):
     directory.parent.mkdir()
     shutil.move(recorded / "global_step5", directory)
     keys = yaml.safe_load((directory / "configs" / "tiny.yml").read_text())
-    keys |= {"train_batch_size": 8, "tp_bias_multiplicity": 2}
+    keys |= {"train_batch_size": 8, "tp_bias_multiplicity": 2, "neox_version": "v1.0"}
     path = tmp_path / "run.yml"
     path.write_text(yaml.safe_dump(keys))
     return directory, model_of_files([path], name="recorded", num_tokens=250)
@@ -267,3 +268,57 @@ def test_neox_ledger_proves_it_afterwards(continued, capsys):
     assert answer["samples"][0]["position"] == 240
     ledger(["step", "30", "--run", str(folder / "run"), "--json"])
     assert json.loads(capsys.readouterr().out)["samples"][0]["position"] == 232
+
+
+# -- moments from the batches before the step ------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_warm_moments_are_those_of_the_batches_before_the_step(tmp_path):
+    keys = copy_corpus(tmp_path)
+    prefix = keys.pop("data_path")
+    config = {
+        **{key: value for key, value in CONFIG.items() if key != "fp16"},
+        **keys,
+        **{f"{split}_data_paths": [prefix] for split in ("train", "valid", "test")},
+        "tokenizer_type": "HFTokenizer",
+        "precision": "bfloat16",
+        "train_iters": 100,
+        "eval_iters": 0,
+    }
+    path, machine = tmp_path / "tiny.yml", tmp_path / "machine.yml"
+    path.write_text(yaml.safe_dump(config))
+    machine.write_text(yaml.safe_dump({"num_gpus": 2, "load": "elsewhere", "save": "elsewhere"}))
+    model = model_of_files([path], num_tokens=300)
+    hub = trained(STEP, vocab_size=VOCABULARY).bfloat16()
+    source = save_model(hub, tmp_path / "hub" / f"step{STEP}")
+    seen = []
+
+    def launch(file):
+        run = run_training(yaml.safe_load(file.read_text()), tmp_path / "world")
+        seen.extend(run.records)
+        return 0
+
+    imported = import_warm(
+        source, tmp_path / "start", model, STEP, 3, launch_files=[machine], launch=launch
+    )
+    assert [record.position for record in seen] == [27 * BATCH, 28 * BATCH, 29 * BATCH]
+    assert {record.lr for record in seen} == {0.0}
+    assert (imported.step, imported.adam_step) == (STEP, STEP + 1)
+    cold = states_of(tmp_path / "start.warm-up" / "start" / "global_step27", model.settings)
+    run = states_of(tmp_path / "start.warm-up" / "run" / "global_step30", model.settings)
+    warm = states_of(imported.checkpoint, model.settings)
+    assert (cold.step, run.step, warm.step) == (0, 3, STEP + 1)
+    for layer, name in warm.names:
+        before, gathered, after = (
+            [
+                states.part(layer, name, kind, size=1, rank=0)
+                for kind in ("master", "exp_avg", "exp_avg_sq")
+            ]
+            for states in (cold, run, warm)
+        )
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(gathered[0], after[0])  # frozen to the last bit
+        assert torch.allclose(after[1], gathered[1] / (1 - 0.9**3), rtol=1e-5)
+        assert torch.allclose(after[2], gathered[2] / (1 - 0.95**3), rtol=1e-5)
+        assert after[2].any()

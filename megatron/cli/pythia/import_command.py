@@ -19,6 +19,8 @@ consumed, prints that, and goes on behind it.
 
 moments of Adam (--moments):
   cold          zeros; all that Hugging Face's files allow. The first updates are too large
+  warm:K        those of the K batches before the step at the step's weights, gathered in K steps of
+                an ordinary launch at learning rate 0; --launch names this machine's keys
   from NEOX     those of the step's NeoX checkpoint, with its masters and loss scale, exact. Its
                 weights must be those of --from
 A NeoX directory with optimizer state under --from is taken with its moments, exact.
@@ -47,6 +49,14 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--moments", nargs="+", default=["cold"], metavar="HOW", help="see below; default: cold"
+    )
+    parser.add_argument(
+        "--launch",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="for warm:K: the configuration files you launch with beside the model's",
     )
     parser.add_argument(
         "--skipped-steps",
@@ -94,4 +104,6 @@ def _imported(options: argparse.Namespace, model: ReleasedModel) -> Imported:
             return import_with_moments_of(
                 Path(neox), options.source, options.save, model, options.step
             )
-    raise ConfigError(f"--moments {' '.join(options.moments)}: it is `cold`, or `from NEOX_DIR`")
+    raise ConfigError(
+        f"--moments {' '.join(options.moments)}: it is `cold`, `warm:K` or `from NEOX_DIR`"
+    )

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,35 @@ from megatron.ledger.manifest import Manifest, StoredFile, write_manifest
 from megatron.ledger.run_directory import write_latest
 from megatron.optim.param_groups import decays_by_name
 
-__all__ = ["Imported", "Moments", "import_step", "import_with_moments_of"]
+__all__ = [
+    "Imported",
+    "Moments",
+    "import_step",
+    "import_with_moments_of",
+    "require_no_proof",
+    "write_start_of_warm_up",
+]
 
 _DUMMY_STEPS = 1  # v1.0's optimizers step once, on zero gradients, when they are made (§5.3)
 Moments = Mapping[str, Any]
 """``exp_avg`` and ``exp_avg_sq``: function of tensor rank, layer and name, giving the values."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """How far everything that counts has come."""
+
+    iteration: int  # steps done
+    updates: int  # without those that fp16 skipped; the learning rate's step
+    adam_step: int
+
+    @classmethod
+    def of(cls, model: ReleasedModel, iteration: int, skipped_steps: int) -> "Counters":
+        """Return those of an undisturbed run."""
+        updates = iteration - skipped_steps
+        is_wrapped = model.training_dtype != "fp32" or model.config.get("zero_stage")
+        is_v1 = model.config.ledger.neox_version == "v1.0"
+        return cls(iteration, updates, updates + (_DUMMY_STEPS if is_v1 and is_wrapped else 0))
 
 
 @dataclass(frozen=True)
@@ -90,7 +114,7 @@ def import_step(
             can't be written; nothing is left behind.
     """
     iteration = model.iteration(step)
-    findings = _checked(source, model, step)
+    findings = require_no_proof(source, model, step)
     downloaded = open_downloaded(source, model.settings, iteration=iteration)
     with new_directory(destination) as temporary:
         directory = temporary / f"global_step{iteration}"
@@ -103,9 +127,9 @@ def import_step(
             adam_step = None
             learning_rate_step = _stored_count(stored, iteration)
         else:
-            learning_rate_step = adam_step = iteration - skipped_steps
-            adam_step += _DUMMY_STEPS
-            notices = _write(downloaded, directory, temporary, model, iteration, adam_step, moments)
+            counters = Counters.of(model, iteration, skipped_steps)
+            learning_rate_step, adam_step = counters.updates, counters.adam_step
+            notices = _write(downloaded, directory, temporary, model, counters, moments)
         write_latest(temporary, iteration)
     checkpoint = destination / directory.name
     return Imported(
@@ -121,6 +145,30 @@ def import_step(
     )
 
 
+def write_start_of_warm_up(
+    source: Path, destination: Path, model: ReleasedModel, iteration: int, num_steps: int
+) -> None:
+    """Write a checkpoint ``num_steps`` steps before ``iteration`` with the weights of that.
+
+    Args:
+        source: weights of ``iteration``, checked.
+        destination: becomes a directory like a ``save``.
+        model: with the configuration that the warm-up runs.
+        iteration: the step that is begun from afterwards.
+        num_steps: batches before it that moments will be made of.
+    """
+    downloaded = open_downloaded(source, model.settings, iteration=iteration)
+    first = iteration - num_steps
+    with new_directory(destination) as temporary:
+        directory = temporary / f"global_step{first}"
+        (directory / "configs").mkdir(parents=True)
+        for name, text in model.config.config_files.items():
+            write_atomically(directory / "configs" / name, text)
+        counters = Counters(first, first, adam_step=0)
+        _write(downloaded, directory, temporary, model, counters, None)
+        write_latest(temporary, first)
+
+
 def import_with_moments_of(
     neox: Path, source: Path, destination: Path, model: ReleasedModel, step: int
 ) -> Imported:
@@ -134,12 +182,17 @@ def import_with_moments_of(
     theirs = open_downloaded(neox, model.settings, iteration=iteration)
     if theirs.stored is None or not has_optimizer(theirs.stored):
         raise CheckpointError(f"{neox} holds no optimizer state to take moments from")
-    _checked(source, model, step)
+    require_no_proof(source, model, step)
     _require_same_weights(open_downloaded(source, model.settings, iteration=iteration), theirs)
     return import_step(neox, destination, model, step)
 
 
-def _checked(source: Path, model: ReleasedModel, step: int) -> list[Finding]:
+def require_no_proof(source: Path, model: ReleasedModel, step: int) -> list[Finding]:
+    """Check a download; return what was found.
+
+    Raises:
+        CheckpointError: its content proves it wrong.
+    """
     findings = check_release(source, model, step)
     proofs = wrong(findings)
     if proofs:
@@ -194,8 +247,7 @@ def _write(
     directory: Path,
     temporary: Path,
     model: ReleasedModel,
-    iteration: int,
-    adam_step: int,
+    counters: Counters,
     moments: Moments | None,
 ) -> list[str]:
     """Write weights, metadata and facts; return what a user should know."""
@@ -219,8 +271,8 @@ def _write(
         files = {}
         shapes = downloaded.shapes
     for rank in range(size):
-        content = _metadata(model, size, iteration, adam_step, downloaded.vocabulary)
-        content["optimizer"] = _optimizer(model, shapes, size, rank, adam_step, moments)
+        content = _metadata(model, size, counters, downloaded.vocabulary)
+        content["optimizer"] = _optimizer(model, shapes, size, rank, counters, moments)
         name = model_states_file(rank)
         files[name] = write_streamed_file(content, directory / name)
     facts = ModelPart(
@@ -230,7 +282,7 @@ def _write(
     )
     text = json.dumps({"model": asdict(facts)}, indent=2) + "\n"
     write_atomically(directory / LEDGER_FILE, text)
-    _seal(directory, iteration, files)
+    _seal(directory, counters.iteration, files)
     if moments is None:
         notices.append(
             "Adam's moments begin as zeros (cold): the first updates are larger than the run's were"
@@ -253,22 +305,21 @@ def _written_type(downloaded: Downloaded, model: ReleasedModel) -> torch.dtype |
 
 
 def _metadata(
-    model: ReleasedModel, size: int, iteration: int, adam_step: int, vocabulary: int
+    model: ReleasedModel, size: int, counters: Counters, vocabulary: int
 ) -> dict[str, Any]:
     config = model.config
     batch = config.geometry.global_batch_size
     schedule = schedule_of(config).schedule()
-    count = adam_step - _DUMMY_STEPS
     return {
         "module": None,
-        "iteration": iteration,
-        "global_steps": iteration,
-        "global_samples": iteration * batch,
-        "skipped_steps": iteration - count,
+        "iteration": counters.iteration,
+        "global_steps": counters.iteration,
+        "global_samples": counters.iteration * batch,
+        "skipped_steps": counters.iteration - counters.updates,
         "lr_scheduler": {
             "start_lr": schedule.start_lr,
             "warmup_iter": schedule.warmup_iter,
-            "num_iters": count,
+            "num_iters": counters.updates,
             "decay_style": schedule.decay_style,
             "end_iter": schedule.end_iter,
             "min_lr": schedule.min_lr,
@@ -300,7 +351,7 @@ def _optimizer(
     shapes: Mapping[Place, tuple[int, ...]],
     size: int,
     rank: int,
-    adam_step: int,
+    counters: Counters,
     moments: Moments | None,
 ) -> dict[str, Any]:
     """Return the state of a plain Adam, whose masters are the weights.
@@ -313,11 +364,11 @@ def _optimizer(
     config = model.config
     options = (config.deepspeed.optimizer or {}).get("params", {})
     adam = {
-        "lr": schedule_of(config).schedule().at(adam_step - _DUMMY_STEPS),
+        "lr": schedule_of(config).schedule().at(counters.updates),
         "betas": list(options.get("betas", (0.9, 0.999))),
         "eps": options.get("eps", 1e-8),
         "bias_correction": True,
-        "step": adam_step,
+        "step": counters.adam_step,
     }
     decay = config.training.weight_decay
     groups = []
@@ -326,6 +377,8 @@ def _optimizer(
         groups.append(("no_weight_decay_params", 0.0, others))
     else:
         groups.append(("no_weight_decay_params", 0.0, list(shapes)))
+    vocabulary = shapes[0, "word_embeddings.weight"][0]
+    settings = replace(model.settings, padded_vocab_size=vocabulary)
     entries: dict[int, Any] = {}
     param_groups = []
     number = 0
@@ -333,24 +386,18 @@ def _optimizer(
         numbers = list(range(number, number + len(places)))
         number += len(places)
         param_groups.append({**adam, "weight_decay": weight_decay, "name": name, "params": numbers})
-        if moments is None and model.training_dtype != "fp32":
+        if moments is None and (model.training_dtype != "fp32" or not counters.adam_step):
             continue
         for index, place in zip(numbers, places, strict=True):
-            local = _local_shape(place[1], shapes[place], model, size)
+            local = stored_shape(place[1], shapes[place], settings, size)
             entries[index] = {
-                "step": adam_step,
+                "step": counters.adam_step,
                 **{
                     kind: _values(moments, kind, place, rank, local)
                     for kind in ("exp_avg", "exp_avg_sq")
                 },
             }
     return {"state": entries, "param_groups": param_groups}
-
-
-def _local_shape(
-    name: str, whole: tuple[int, ...], model: ReleasedModel, size: int
-) -> tuple[int, ...]:
-    return stored_shape(name, whole, model.settings, size)
 
 
 def _values(
