@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for use without an install
 
 from megatron.base.errors import MegatronError
+from megatron.checkpoint.hugging_face.download import local_directory
 from megatron.checkpoint.hugging_face.to_neox import ImportSettings, import_model
 from megatron.checkpoint.hugging_face.values import DTYPES
 
@@ -26,8 +27,11 @@ def main(input_args: Sequence[str] | None = None) -> None:
         MegatronError: the model is damaged, or isn't one we know; nothing is written.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="a directory with config.json and weights")
+    parser.add_argument(
+        "source", help="a directory with config.json and weights, or a model's name on the hub"
+    )
     parser.add_argument("save", type=Path, help="a new directory")
+    parser.add_argument("--revision", help="of the hub's model, such as step3000")
     parser.add_argument("--tp", type=_size, default=1, help="model_parallel_size of the files")
     parser.add_argument(
         "--pp",
@@ -46,6 +50,7 @@ def main(input_args: Sequence[str] | None = None) -> None:
         "--config", type=Path, nargs="+", default=[], help="NeoX configuration to check and keep"
     )
     options = parser.parse_args(input_args)
+    source = local_directory(options.source, options.revision)
     settings = ImportSettings(
         tensor_parallel_size=options.tp,
         step=options.step,
@@ -54,7 +59,7 @@ def main(input_args: Sequence[str] | None = None) -> None:
         dtype=DTYPES.get(options.dtype),
         config_files=options.config,
     )
-    written = import_model(options.source, options.save, settings)
+    written = import_model(source, options.save, settings)
     print(f"{written.path}: {written.num_files} files, {written.num_bytes:,} bytes")
     for notice in written.notices:
         print(f"note: {notice}")
