@@ -198,6 +198,7 @@ class Checkpoints:
             topology=self.groups.topology,
             rank=self.groups.rank,
             is_verified=True,
+            adam_step=self.config.ledger.adam_step_on_load,
         )
 
     def _model_arguments(self, facts: ModelFacts) -> dict[str, Any]:

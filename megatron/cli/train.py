@@ -22,6 +22,7 @@ from megatron.engine.assembly import ModuleSettings, build_module, initialize_en
 from megatron.engine.deepspeed_config import deepspeed_settings
 from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect, rank_environment
 from megatron.engine.loop import LoopSettings, StopReason, Training, run
+from megatron.engine.optimizer_numerics import OptimizerNumerics
 from megatron.engine.optimizers import build_optimizer
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
@@ -230,6 +231,7 @@ def _build_engine(
             zero_optimization=keys.zero_optimization,
             extra=keys.deepspeed_extra_args,
         ),
+        OptimizerNumerics.of(config.ledger.neox_version),
     )
 
 

@@ -13,7 +13,13 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.engine.distributed import ProcessGroups
+from megatron.engine.fp16_loss_scale import scale_losses
 from megatron.engine.gradient_norm import GradientClipper
+from megatron.engine.optimizer_numerics import (
+    NEOX_MAIN,
+    OptimizerNumerics,
+    apply_optimizer_numerics,
+)
 from megatron.engine.sequential_model import SequentialModel
 from megatron.engine.steps import LossFunction
 from megatron.engine.tensor_parallel_unit import TensorParallelUnit
@@ -101,8 +107,17 @@ def initialize_engine(
     optimizer: torch.optim.Optimizer,
     scheduler: LearningRateScheduler,
     deepspeed_settings: Mapping[str, Any],
+    numerics: OptimizerNumerics = NEOX_MAIN,
 ) -> tuple[Any, Callable[[], float | None]]:
     """Wrap ``module`` in a DeepSpeed engine.
+
+    Args:
+        module: this rank's part of the model.
+        groups: process groups.
+        optimizer: over the module's parameters.
+        scheduler: of the optimizer's learning rates.
+        deepspeed_settings: DeepSpeed's configuration.
+        numerics: where the optimizers of NeoX versions differ.
 
     Returns:
         The engine, and a function giving the last step's gradient norm before clipping.
@@ -120,6 +135,8 @@ def initialize_engine(
         # bias correction (measured: 3 steps after 2).
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
+    scale_losses(engine)
+    apply_optimizer_numerics(engine, numerics)
     is_plain = not (
         engine.fp16_enabled() or engine.bfloat16_enabled() or engine.zero_optimization()
     )

@@ -57,7 +57,8 @@ def deepspeed_settings(
 
 
 def _loss_scaling(fp16: Mapping[str, Any]) -> dict[str, Any]:
-    # `type` and `auto_cast` are v1.0's spelling of the precision, not DeepSpeed options.
-    block = {key: value for key, value in fp16.items() if key not in ("type", "auto_cast")}
+    # v1.0's spellings of the precision (Pythia's files have `fp16`), not options of DeepSpeed's.
+    spellings = ("fp16", "type", "auto_cast")
+    block = {key: value for key, value in fp16.items() if key not in spellings}
     block["enabled"] = True
     return block

@@ -1,11 +1,18 @@
 """Keys of ours, which no NeoX configuration needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from megatron.config.declare import WORKS, key, only, refused
+from megatron.config.declare import WORKS, Outcome, key, refused
 
 __all__ = ["Ledger"]
+
+
+def _neox_version(value: Any, keys: Mapping[str, Any]) -> Outcome:
+    if value == "v1.0" and keys["zero_stage"] == 3:
+        return refused("NeoX v1.0 had no ZeRO stage 3; use a lower stage, or neox_version: main")
+    return WORKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +49,14 @@ class Ledger:
     """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit.
     Without GPUs always so."""
 
-    neox_version: Literal["main", "v1.0"] = key(
-        "main", outcome=only("main", advice="use main; Pythia's numerics come later")
-    )
+    neox_version: Literal["main", "v1.0"] = key("main", outcome=_neox_version)
     """Whose numerics to follow: ``v1.0`` is what Pythia was trained with (learning-rate formula,
     rotary precision, Adam's step, loss scaler)."""
+
+    adam_step_on_load: Literal["continue", "neox-v1-resume"] = key("continue", outcome=WORKS)
+    """What Adam has counted in a checkpoint of NeoX v1.0's ZeRO, which doesn't say: ``continue``
+    goes on as if never stopped; ``neox-v1-resume`` counts from 1 again, as v1.0 itself does when it
+    resumes."""
 
     tp_bias_multiplicity: int | None = key(None, minimum=1, outcome=WORKS)
     """How often each replicated bias counts under ``gpt_j_residual``: NeoX adds it once per tensor
