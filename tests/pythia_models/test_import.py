@@ -188,6 +188,8 @@ def test_the_command_says_where_the_run_goes_on(tmp_path, capsys):
     assert f"load: {tmp_path / 'start'}" in printed
     assert main([*command, "--to", str(tmp_path / "b"), "--moments", "hot"]) == 2
     assert "it is `cold`" in capsys.readouterr().err
+    assert main([*command, "--to", str(tmp_path / "b"), "--moments", "warm:3001"]) == 2
+    assert "warm:3001: there are 3000 batches before step 3000" in capsys.readouterr().err
     assert main(["check", str(source), "--step", "3000"]) == 2
     assert "which model? give --model" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """``tools/pythia.py import``: a checkpoint to go on from, made of a download."""
 
 import argparse
+import re
 from pathlib import Path
 
 from megatron.base.errors import ConfigError
@@ -9,6 +10,7 @@ from megatron.cli.pythia.check import add_model_options, chosen_model
 from megatron.cli.pythia.findings import GOOD
 from megatron.cli.pythia.importing import Imported, import_step, import_with_moments_of
 from megatron.cli.pythia.models import ReleasedModel
+from megatron.cli.pythia.warm_up import import_warm
 
 __all__ = ["add_import"]
 
@@ -103,6 +105,16 @@ def _imported(options: argparse.Namespace, model: ReleasedModel) -> Imported:
         case ["from", neox]:
             return import_with_moments_of(
                 Path(neox), options.source, options.save, model, options.step
+            )
+        case [how] if match := re.fullmatch(r"warm:(\d+)", how):
+            return import_warm(
+                options.source,
+                options.save,
+                model,
+                options.step,
+                int(match[1]),
+                launch_files=options.launch,
+                skipped_steps=options.skipped_steps,
             )
     raise ConfigError(
         f"--moments {' '.join(options.moments)}: it is `cold`, `warm:K` or `from NEOX_DIR`"
