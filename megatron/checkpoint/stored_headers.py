@@ -15,6 +15,7 @@ from megatron.base.errors import CheckpointError
 from megatron.base.torch_metadata import StoredObject, StoredTensor, read_torch_metadata
 
 __all__ = [
+    "ELASTIC",
     "RIGID",
     "Metadata",
     "OptimizerPart",
@@ -28,6 +29,9 @@ __all__ = [
 
 _NUMBERED = re.compile(r"(?:sequential\.)?(\d+)\.(.+)")
 _TIED = re.compile(r"tied_modules\.[^.]+\.(.+)")
+ELASTIC = "elastic ZeRO 1"
+"""NeoX v1.0's, with the padding cut off."""
+
 RIGID = "rigid ZeRO 1"
 """NeoX v1.0's with ``elastic_checkpoint: false``: nothing says where its padding begins."""
 
@@ -58,7 +62,7 @@ Place = tuple[int, str]
 class OptimizerPart:
     """Optimizer state of one rank; sizes are numbers of elements, one for each parameter group."""
 
-    kind: str  # "ZeRO 1", "ZeRO 3", "bf16", "elastic ZeRO 1", RIGID, "fp16", "plain"
+    kind: str  # "ZeRO 1", "ZeRO 3", "bf16", ELASTIC, RIGID, "fp16", "plain"
     masters: tuple[int, ...] = ()
     exp_avg: tuple[int, ...] = ()
     exp_avg_sq: tuple[int, ...] = ()
@@ -183,7 +187,7 @@ def read_optimizer_part(path: Path) -> OptimizerPart:
         )
     if isinstance(base, list) and "local_sub_partitions_of_fp32_groups" in state:
         return OptimizerPart(
-            "elastic ZeRO 1",
+            ELASTIC,
             masters=_sums(state["local_sub_partitions_of_fp32_groups"]),
             exp_avg=_sums([_moments(group, "exp_avg") for group in base]),
             exp_avg_sq=_sums([_moments(group, "exp_avg_sq") for group in base]),

@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from megatron.base.errors import CheckpointError
 from megatron.base.torch_metadata import StoredTensor
 from megatron.checkpoint.mapped_tensors import MappedFile, are_equal_rounded
-from megatron.checkpoint.stored_headers import Place, parameter_place
+from megatron.checkpoint.stored_headers import ELASTIC, OptimizerPart, Place, parameter_place
 from megatron.checkpoint.structure import Structure
 
 __all__ = ["differing_weights"]
 
 _LISTED = 3  # of the tensors of one file
-_KINDS = ("ZeRO 1", "ZeRO 2", "bf16")
+_KINDS = ("ZeRO 1", "ZeRO 2", "bf16", ELASTIC)
 
 
 def differing_weights(structure: Structure) -> list[str]:
     """Return the files whose weights differ from the optimizer's copies, with their tensors.
 
-    Only ZeRO 1 and 2 and the bf16 optimizer say where their copies lie; of other checkpoints
-    nothing is returned. One parameter is in memory at a time.
+    Only ZeRO 1 and 2 (NeoX v1.0's too) and the bf16 optimizer say where their copies lie; of other
+    checkpoints nothing is returned. One parameter is in memory at a time.
 
     Args:
         structure: of a checkpoint without structural problems.
@@ -38,12 +38,11 @@ def differing_weights(structure: Structure) -> list[str]:
     problems = []
     for rank, metadata in structure.metadata.items():
         copies = _copies(structure, rank)
-        if metadata.shapes is None or copies is None:
+        groups = metadata.shapes or _v1_groups(structure.optimizer.get((0, rank)))
+        if groups is None or copies is None:
             continue
         different: dict[int, list[str]] = {}
-        for (layer, name), (weight, dtype), copy in _pairs(
-            structure, rank, metadata.shapes, copies
-        ):
+        for (layer, name), (weight, dtype), copy in _pairs(structure, rank, groups, copies):
             if not are_equal_rounded(weight, dtype, copy):
                 different.setdefault(layer, []).append(name)
         for layer, names in different.items():
@@ -67,10 +66,31 @@ def _copies(structure: Structure, rank: int) -> list[list[NDArray[Any]]] | None:
     for place in ranks:
         file = MappedFile(structure.checkpoint / structure.files.optimizer[place])
         state = file.content["optimizer_state_dict"]
+        if structure.optimizer[place].kind == ELASTIC:
+            dealt = state["local_sub_partitions_of_fp32_groups"]
+            pieces.append([[file.array(one) for one in group] for group in dealt])
+            continue
         if any(any(group) for group in state.get("param_alignment_paddings") or ()):
             return None
-        pieces.append([file.array(one) for one in state["single_partition_of_fp32_groups"]])
-    return [list(group) for group in zip(*pieces, strict=True)]
+        pieces.append([[file.array(one)] for one in state["single_partition_of_fp32_groups"]])
+    # of each group the first piece of every rank, then the second of every rank
+    return [
+        [piece for interval in zip(*group, strict=True) for piece in interval]
+        for group in zip(*pieces, strict=True)
+    ]
+
+
+def _v1_groups(part: OptimizerPart | None) -> list[Mapping[Place, tuple[int, ...]]] | None:
+    """Return the shapes of each group where NeoX v1.0 lists those of all together."""
+    if part is None or part.kind != ELASTIC or not part.shapes:
+        return None
+    shapes = part.shapes[0]
+    if len(part.masters) == 1:
+        return [shapes]
+    return [  # matrices, and the norms and biases, which don't decay
+        {place: shape for place, shape in shapes.items() if (len(shape) == 1) is are_vectors}
+        for are_vectors in (False, True)
+    ]
 
 
 def _pairs(

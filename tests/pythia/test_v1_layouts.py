@@ -11,7 +11,8 @@ from megatron.base.errors import CheckpointError
 from megatron.checkpoint.parameter_state import ParameterStates, open_parameter_states
 from megatron.checkpoint.stored import StoredCheckpoint
 from megatron.checkpoint.stored_layout import parameter_key
-from megatron.checkpoint.structure import structural_problems
+from megatron.checkpoint.structure import examine, structural_problems
+from megatron.checkpoint.weight_copies import differing_weights
 from tests.pythia.v1_writer import KINDS, V1Layout, V1Model, Values, write_checkpoint
 
 MODEL = V1Model()
@@ -65,6 +66,7 @@ def test_whatever_the_layout_every_value_is_found(
     directory = tmp_path_factory.mktemp("v1") / "global_step9"
     written = write_checkpoint(directory, layout, seed=seed)
     assert structural_problems(directory) == []
+    assert differing_weights(examine(directory)) == []
     states = opened(directory)
     require_equal(states, written)
     assert states.step == 8
@@ -122,12 +124,47 @@ def test_the_files_may_lie_in_a_directory_of_any_name(tmp_path: Path):
     require_equal(states, written)
 
 
+@pytest.mark.parametrize("tensor_ranks", [1, 2])
+@pytest.mark.parametrize("is_fp16", [True, False])
+@pytest.mark.parametrize("is_pipeline", [True, False])
+def test_without_zero_the_optimizer_is_in_the_metadata_files(
+    is_pipeline: bool, is_fp16: bool, tensor_ranks: int, tmp_path: Path
+):
+    layout = V1Layout(
+        zero_stage=0, is_pipeline=is_pipeline, is_fp16=is_fp16, tensor_ranks=tensor_ranks
+    )
+    written = write_checkpoint(tmp_path / "global_step9", layout)
+    assert structural_problems(tmp_path / "global_step9") == []
+    states = opened(tmp_path / "global_step9", adam_step="neox-v1-resume")
+    require_equal(states, written)
+    assert states.step == 8  # stored here, and so restored by v1.0 too
+    assert (states.scaler is not None) == is_fp16
+    if states.scaler is not None:
+        assert (states.scaler.last_overflow_iteration, states.scaler.hysteresis) == (3, None)
+
+
 def test_bf16_has_no_loss_scale(tmp_path: Path):
     written = write_checkpoint(tmp_path / "global_step9", V1Layout(is_fp16=False))
     states = opened(tmp_path / "global_step9")
     assert states.scaler is None
     assert states.weight_dtype == torch.bfloat16
     require_equal(states, written)
+
+
+def test_weights_that_are_not_the_masters_rounded_are_found(tmp_path: Path):
+    directory = tmp_path / "global_step9"
+    write_checkpoint(directory, V1Layout(data_ranks=3, sub_sizes=(200, 30), tensor_ranks=2))
+    assert differing_weights(examine(directory)) == []
+    path = directory / "layer_03-model_01-model_states.pt"
+    content = torch.load(path)
+    content["post_attention_layernorm.bias"][5] *= 1.001
+    content["mlp.dense_4h_to_h.weight"][-1, -1] *= 1.001
+    torch.save(content, path)
+    (problem,) = differing_weights(examine(directory))
+    assert problem.startswith(
+        "layer_03-model_01-model_states.pt: mlp.dense_4h_to_h.weight, "
+        "post_attention_layernorm.bias of layer 3 differ from the optimizer's copies"
+    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

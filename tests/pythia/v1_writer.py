@@ -30,6 +30,8 @@ class V1Layout:
     is_elastic: bool = True
     tensor_ranks: int = 1
     has_underscore: bool = True  # in the optimizer files' names
+    zero_stage: int = 1  # 0: one optimizer in every metadata file
+    is_pipeline: bool = True  # False: weights in the metadata files, no layer files
     is_fp16: bool = True  # False: bf16
     updates: int = 7
     skipped: int = 2
@@ -116,31 +118,51 @@ def write_checkpoint(
             for kind in KINDS[1:]:
                 of_rank[kind] = {name: torch.zeros(shape) for name, shape in shapes.items()}
         values.append(of_rank)
-        _write_weights(directory, of_rank["master"], tensor_rank, layout)
-        _write_metadata(directory, tensor_rank, layout, model)
-        _write_optimizer(directory, of_rank, tensor_rank, layout)
+        if layout.is_pipeline:
+            _write_weights(directory, of_rank["master"], tensor_rank, layout)
+        _write_metadata(directory, tensor_rank, layout, model, of_rank)
+        if layout.zero_stage == 1:
+            _write_optimizer(directory, of_rank, tensor_rank, layout)
     return values
+
+
+def _weights(masters: dict[str, torch.Tensor], layout: V1Layout) -> dict[str, torch.Tensor]:
+    dtype = torch.float16 if layout.is_fp16 else torch.bfloat16
+    weights = {}
+    for name, master in masters.items():
+        weights[name] = master.to(dtype)
+        if name.endswith("attention.query_key_value.bias"):
+            buffer = name.replace("query_key_value.bias", "rotary_emb.inv_freq")
+            weights[buffer] = torch.ones(1, dtype=dtype)
+    return weights
 
 
 def _write_weights(
     directory: Path, masters: dict[str, torch.Tensor], rank: int, layout: V1Layout
 ) -> None:
-    dtype = torch.float16 if layout.is_fp16 else torch.bfloat16
     layers: dict[int, dict[str, torch.Tensor]] = {}
-    for full_name, master in masters.items():
+    for full_name, weight in _weights(masters, layout).items():
         layer, name = full_name.split(".", 1)
-        layers.setdefault(int(layer), {})[name] = master.to(dtype)
-        if name == "attention.query_key_value.bias":
-            layers[int(layer)]["attention.rotary_emb.inv_freq"] = torch.ones(1, dtype=dtype)
+        layers.setdefault(int(layer), {})[name] = weight
     for layer, tensors in layers.items():
         torch.save(tensors, directory / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
 
 
-def _write_metadata(directory: Path, rank: int, layout: V1Layout, model: V1Model) -> None:
+def _write_metadata(
+    directory: Path,
+    rank: int,
+    layout: V1Layout,
+    model: V1Model,
+    values: dict[str, dict[str, torch.Tensor]],
+) -> None:
     iteration = layout.updates + layout.skipped
+    module = None
+    if not layout.is_pipeline:
+        weights = _weights(values["master"], layout)
+        module = OrderedDict((f"sequential.{name}", weight) for name, weight in weights.items())
     content = {
-        "module": None,
-        "optimizer": None,
+        "module": module,
+        "optimizer": _whole_optimizer(values, layout) if layout.zero_stage == 0 else None,
         "lr_scheduler": {
             "start_lr": 1e-3,
             "warmup_iter": 5.0,
@@ -167,18 +189,56 @@ def _write_metadata(directory: Path, rank: int, layout: V1Layout, model: V1Model
     torch.save(content, directory / f"mp_rank_{rank:02d}_model_states.pt")
 
 
+def _vectors(of_kind: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    matrices = [tensor for tensor in of_kind.values() if tensor.dim() == 2]
+    others = [tensor for tensor in of_kind.values() if tensor.dim() == 1]
+    return [torch.cat([one.reshape(-1) for one in group]) for group in (matrices, others)]
+
+
+def _whole_optimizer(
+    values: dict[str, dict[str, torch.Tensor]], layout: V1Layout
+) -> dict[str, Any]:
+    vectors = {kind: _vectors(of_kind) for kind, of_kind in values.items()}
+    scaler: dict[str, Any] = {"dynamic_loss_scale": layout.is_fp16, "cur_scale": 1.0, "cur_iter": 9}
+    if layout.is_fp16:
+        scaler |= {"cur_scale": 4096, "last_overflow_iter": 3}
+        scaler |= {"scale_factor": 2, "scale_window": 1000}
+    pairs = zip(vectors["exp_avg"], vectors["exp_avg_sq"], strict=True)
+    return scaler | {
+        "optimizer_state_dict": {
+            "state": {
+                number: {"exp_avg": first, "exp_avg_sq": second}
+                for number, (first, second) in enumerate(pairs)
+            },
+            "param_groups": _param_groups([1, 1], layout),
+        },
+        "fp32_groups_flat": [vector.requires_grad_() for vector in vectors["master"]],
+        "clip_grad": 1.0,
+    }
+
+
+def _param_groups(sizes: list[int], layout: V1Layout) -> list[dict[str, Any]]:
+    numbers = iter(range(sum(sizes)))
+    return [
+        {
+            "weight_decay": decay,
+            "lr": 1e-3,
+            "bias_correction": True,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "step": layout.updates + 1,
+            "params": [next(numbers) for _ in range(size)],
+        }
+        for size, decay in zip(sizes, (0.1, 0.0), strict=True)
+    ]
+
+
 def _write_optimizer(
     directory: Path, values: dict[str, dict[str, torch.Tensor]], rank: int, layout: V1Layout
 ) -> None:
-    names = list(values["master"])
-    matrices = [name for name in names if values["master"][name].dim() == 2]
-    others = [name for name in names if name not in matrices]
     # kind -> group -> data-parallel rank -> interval
     dealt = {
-        kind: [
-            _deal(torch.cat([of_kind[name].reshape(-1) for name in group]), number, layout)
-            for number, group in enumerate((matrices, others))
-        ]
+        kind: [_deal(vector, number, layout) for number, vector in enumerate(_vectors(of_kind))]
         for kind, of_kind in values.items()
     }
     shapes = OrderedDict((name, tensor.shape) for name, tensor in values["master"].items())
@@ -225,23 +285,10 @@ def _state(mine: dict[str, list[list[torch.Tensor]]], layout: V1Layout) -> dict[
             "num_comm_intervals_per_group": [len(group) for group in entries],
         }
     else:
-        numbers = iter(range(10**6))
-        groups = [
-            {
-                "weight_decay": decay,
-                "lr": 1e-3,
-                "bias_correction": True,
-                "betas": [0.9, 0.95],
-                "eps": 1e-8,
-                "step": layout.updates + 1,
-                "params": [next(numbers) for _ in group],
-            }
-            for group, decay in zip(entries, (0.1, 0.0), strict=True)
-        ]
         flat = [entry for group in entries for entry in group]
         state["base_optimizer_state"] = {
             "state": dict(enumerate(flat)),
-            "param_groups": groups,
+            "param_groups": _param_groups([len(group) for group in entries], layout),
         }
     state["local_sub_partitions_of_fp32_groups"] = [
         [part.requires_grad_() for part in group] for group in mine["master"]
