@@ -168,9 +168,10 @@ def open_map_files(request: MapRequest[_Maps]) -> _Maps:
     stems = (request.named_stems(), request.equal_stems(), request.foreign_stems())
     for stem in itertools.chain.from_iterable(stems):
         arrays, problem = _load(request, stem)
-        if arrays is not None and (
-            _sidecar_fits(request, stem) or request.recipe.problem_of_content(arrays) is None
-        ):
+        if arrays is not None and _sidecar_fits(request, stem):
+            return request.recipe.assemble(arrays)
+        if arrays is not None and request.recipe.problem_of_content(arrays) is None:
+            _write_sidecar(request, stem, "checked")
             return request.recipe.assemble(arrays)
         logger.debug("index maps %s: %s", stem, problem)
     raise DatasetError(

@@ -1,14 +1,13 @@
 """``neox-ledger explain CONFIG``: what a launch would go on from, consume, repeat and skip."""
 
 import argparse
-import os
 from pathlib import Path
 
 from megatron.base.errors import CheckpointError, ConfigError
+from megatron.cli.data_of_steps import read_config
 from megatron.cli.ledger.options import add_json_option
 from megatron.cli.ledger.output import note, print_json, say
 from megatron.cli.resume_plan import plan_launch
-from megatron.config.load import load_config
 from megatron.config.outcomes import check_launch
 from megatron.ledger.planning.plan_json import plan_to_json
 from megatron.ledger.planning.report import report_lines
@@ -48,10 +47,8 @@ def run(options: argparse.Namespace) -> int:
     """Plan as the launcher does, and print all of it."""
     folder = options.conf_dir or Path()
     try:
-        config = load_config(
-            [_config_file(folder / path) for path in options.configs],
-            {} if options.world_size is None else {"num_gpus": options.world_size},
-            local_slots=_local_slots,
+        config = read_config(
+            [folder / path for path in options.configs], world_size=options.world_size
         )
         for notice in check_launch(config):
             note(f"note: {notice}")
@@ -64,13 +61,3 @@ def run(options: argparse.Namespace) -> int:
     else:
         say(*report_lines(planned.plan))
     return planned.plan.exit_status
-
-
-def _config_file(path: Path) -> Path:
-    return path if path.suffix or path.exists() else path.with_suffix(".yml")
-
-
-def _local_slots() -> int:
-    from megatron.engine.launch.devices import local_slots
-
-    return local_slots(os.environ)

@@ -18,6 +18,7 @@ COMMANDS = {
     "document": "every step that consumed a document",
     "shard": "every step that consumed a part of a token file",
     "bytes": "every step that consumed a range of bytes",
+    "shards": "the token files that steps need, and index maps without any",
     "verify": "compare what was recorded with the plan and with the data",
     "export": "write the tokens, documents and positions of steps",
     "diff": "where two runs part",

@@ -103,7 +103,8 @@ def _print(report: Report, *, is_data_asked: bool) -> None:
         )
     for path, level in report.datasets.items():
         if level != "complete":
-            say(f"dataset    {path} is known by samples of its bytes")
+            how = "samples of its bytes" if level == "sampled" else "its index and what is there"
+            say(f"dataset    {path} is known by {how}")
     for warning in report.warnings:
         say(f"warning    {warning}")
     for unknown in report.unknown:
