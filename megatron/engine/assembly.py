@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from megatron.engine.distributed import ProcessGroups
-from megatron.engine.fp16_loss_scale import scale_losses
+from megatron.engine.fp16_loss_scale import gradient_norm_of, scale_losses
 from megatron.engine.gradient_norm import GradientClipper
 from megatron.engine.optimizer_numerics import (
     NEOX_MAIN,
@@ -141,7 +141,7 @@ def initialize_engine(
         engine.fp16_enabled() or engine.bfloat16_enabled() or engine.zero_optimization()
     )
     if not is_plain:
-        return engine, lambda: _as_number(engine.get_global_grad_norm())
+        return engine, gradient_norm_of(engine)
     clipper = GradientClipper(
         module.parameters(), groups, limit=deepspeed_settings["gradient_clipping"]
     )
@@ -149,8 +149,3 @@ def initialize_engine(
     engine.clip_fp32_gradients = lambda: None
     optimizer.register_step_pre_hook(lambda *_: clipper.clip())
     return engine, lambda: clipper.last_norm
-
-
-def _as_number(norm: Any) -> float | None:
-    # A tensor or a float, depending on DeepSpeed's optimizer.
-    return None if norm is None else float(norm)
