@@ -16,6 +16,7 @@ that was only paused, or cut off from the file system, lives on without knowing.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -133,7 +134,10 @@ class Lease:
                         return cls(save, holder, descriptor)
                 sleep(min(1.0, timeout_s / 20))
         except OSError as error:
-            raise RunDirectoryError(f"{save / _NAME} cannot be written: {error}") from error
+            raise RunDirectoryError(
+                f"{save / _NAME} cannot be read or written, so that nothing tells whether another "
+                f"job saves there: {error}"
+            ) from error
 
     def start_heartbeat(self, interval_s: float = HEARTBEAT_INTERVAL_S) -> None:
         """From now on show every ``interval_s`` seconds that this process lives, until released."""
@@ -156,6 +160,7 @@ class Lease:
 
         Raises:
             RunDirectoryError: says who.
+            OSError: ``lock.json`` cannot be read.
         """
         other = _read(self.path)
         if other is not None and other.token == self.holder.token:
@@ -204,7 +209,12 @@ class Lease:
                 os.fdatasync(self._descriptor)
             except OSError as error:
                 logger.debug("%s: no heartbeat: %s", self.path, error)
-            if not self.still_held():
+            try:
+                sight = _read(self.path)
+            except OSError as error:  # of the file server, perhaps: that takes nothing away
+                logger.debug("%s cannot be read: %s", self.path, error)
+                continue
+            if sight is None or sight.token != self.holder.token:
                 self._is_lost = True
                 logger.warning("%s is no longer this job's", self.path.parent)
                 return
@@ -238,6 +248,7 @@ class _Observer:
 
         Raises:
             RunDirectoryError: the holder lives.
+            OSError: nothing tells; waiting would not help.
         """
         sight = _read(self.save / _NAME)
         if sight is None:
@@ -398,16 +409,28 @@ def _home(save: Path, token: str) -> Path:
 
 
 def _is_held_by(path: Path, token: str) -> bool:
-    sight = _read(path)
+    try:
+        sight = _read(path)
+    except OSError:
+        return False
     return sight is not None and sight.token == token
 
 
 def _read(path: Path) -> _Sight | None:
-    """Return what a lock says; None if there is none."""
+    """Return what a lock says; None if there is none.
+
+    Raises:
+        OSError: it cannot be read: it is another user's, say.
+    """
     try:
-        text = path.read_bytes().decode(errors="replace")
-    except OSError:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        data = path.read_bytes()  # NFS: it was replaced while it was read
+    text = data.decode(errors="replace")
     try:
         values = json.loads(text)
         job = values["job"]

@@ -400,8 +400,32 @@ def test_a_lock_that_was_removed_is_lost(save):
 
 def test_a_save_that_cannot_be_made_is_refused(save):
     (save / "file").touch()
-    with pytest.raises(RunDirectoryError, match=r"lock\.json cannot be written"):
+    with pytest.raises(RunDirectoryError, match=r"lock\.json cannot be read or written"):
         acquire(save / "file" / "run")
+
+
+def test_a_lock_that_may_not_be_read_is_refused_and_not_waited_for(save):
+    (save / "lock.json").mkdir()  # root may read every file
+    with pytest.raises(RunDirectoryError, match=r"whether another job saves there: .*lock\.json"):
+        acquire(save, clock=Clock())
+    assert [entry.name for entry in save.iterdir()] == ["lock.json"]
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(save):
+    lease = acquire(save)
+    lock, aside = save / "lock.json", save / "aside"
+    lock.rename(aside)
+    lock.mkdir()
+    lease.start_heartbeat(0.01)
+    time.sleep(0.1)
+    assert not lease.is_lost
+    with pytest.raises(OSError, match=r"lock\.json"):
+        lease.require_held()
+    lock.rmdir()
+    aside.rename(lock)
+    lease.require_held()
+    lease.release()
+    assert list(save.iterdir()) == []
 
 
 JOB = {"SLURM_JOB_ID": "71", "SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "big"}
