@@ -38,9 +38,11 @@ def write_atomically(
         reach(f"{path.name} prepared")
         before_rename()
         os.replace(prepared, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(prepared)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk's error names no file
         raise
     fsync_directory(path.parent)
 

@@ -34,5 +34,6 @@ def require_free_space(directory: Path, num_bytes: int, *, what: str) -> None:
     if num_bytes + _FOR_THE_RECORD_BYTES > free:
         raise CheckpointError(
             f"{what} needs {num_bytes / 1e6:.1f} MB, but {directory} has only {free / 1e6:.1f} MB "
-            "free; make room there (keep_last_n_checkpoints deletes old checkpoints)"
+            f"free, and {_FOR_THE_RECORD_BYTES / 1e6:.1f} MB of that are left to the run's record; "
+            "make room there (keep_last_n_checkpoints deletes old checkpoints)"
         )

@@ -209,11 +209,18 @@ class AttemptLog:
         """Write one line without a chain.
 
         It survives a kill of this process, not yet a crash of the machine.
+
+        Raises:
+            RunDirectoryError: it cannot be written; nothing of it is there.
         """
         self._write(encode_record(record) + b"\n")
 
     def append_chained(self, records: Iterable[Record], previous: str) -> str:
-        """Write lines that continue from chain ``previous``, all at once; return the new head."""
+        """Write lines that continue from chain ``previous``, all at once; return the new head.
+
+        Raises:
+            RunDirectoryError: they cannot be written; nothing of them is there.
+        """
         lines = []
         for record in records:
             line, previous = chained_line(previous, encode_record(record))
@@ -222,8 +229,15 @@ class AttemptLog:
         return previous
 
     def sync(self) -> None:
-        """Make everything appended so far durable; called before a checkpoint is published."""
-        os.fsync(self._file.fileno())
+        """Make everything appended so far durable; called before a checkpoint is published.
+
+        Raises:
+            RunDirectoryError: that fails.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unrecorded(error) from error
 
     def close(self) -> None:
         """Sync and close the file."""
@@ -235,11 +249,18 @@ class AttemptLog:
         try:
             while data:  # an unbuffered write may take only a part
                 data = data[self._file.write(data) :]
-        except OSError:  # the disk is full: whoever goes on must not write behind half a line
+        except OSError as error:  # whoever goes on must not write behind half a line
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
                 self._file.seek(start)
-            raise
+            raise self._unrecorded(error) from error
+
+    def _unrecorded(self, error: OSError) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.path} cannot be written: {error.strerror}. Training stops, for every step has "
+            "to be on record; make room there and start the same command again: it goes on from "
+            "the last checkpoint"
+        )
 
 
 def _numbered_files(save: Path) -> list[Path]:

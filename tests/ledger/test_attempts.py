@@ -166,7 +166,8 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path):
             return written
 
     file, log._file = log._file, FullDisk(log._file)
-    with pytest.raises(OSError, match="No space left"):
+    told = r"attempts/0001\.jsonl cannot be written: No space left .*; make room there and start"
+    with pytest.raises(RunDirectoryError, match=told):
         log.append_chained([EVALUATION], head)
     log._file = file
     log.append_chained([EVALUATION], head)
