@@ -117,6 +117,10 @@ def test_labels_are_given_for_all_three_or_for_none():
             {"save": "out", "checkpoint_factor": 5, "s3_path": "s3:///a"},
             "s3_path=s3:///a (write s3://bucket/prefix)",
         ),
+        (
+            {"save": "out", "checkpoint_factor": 5, "load": "s3://bucket/a/out"},
+            "load=s3://bucket/a/out (name a directory; s3_path copies checkpoints to a bucket, and",
+        ),
         ({"sequence_parallel": True}, "sequence_parallel=True (set it to false; the numbers"),
     ],
 )

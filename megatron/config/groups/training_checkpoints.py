@@ -17,11 +17,21 @@ def _object_storage(value: str, _keys: Mapping[str, Any]) -> Outcome:
     return WORKS
 
 
+def _directory(value: str, _keys: Mapping[str, Any]) -> Outcome:
+    """works for directories; addresses of object storage are refused."""
+    if "://" in value:
+        return refused(
+            "name a directory; s3_path copies checkpoints to a bucket, and "
+            "docs/checkpoints/died-while-saving.md says how to bring one back"
+        )
+    return WORKS
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingCheckpoints:
     """When and where checkpoints are written, and what is taken from one."""
 
-    save: str | None = key(None, outcome=WORKS)
+    save: str | None = key(None, outcome=_directory)
     """Folder of the run: checkpoints and records. Unset: nothing is kept. With it,
     ``checkpoint_factor`` or ``extra_save_iters`` must say when."""
 
@@ -38,7 +48,7 @@ class TrainingCheckpoints:
     config_files: dict[str, Any] | None = key(None, is_derived=True, outcome=WORKS)
     """Text of the configuration files by name, kept with every checkpoint; filled in by loading."""
 
-    load: str | None = key(None, outcome=WORKS)
+    load: str | None = key(None, outcome=_directory)
     """Folder to resume from. Unset: begin at step 0."""
 
     checkpoint_validation_with_forward_pass: bool | None = key(False, tier=2, outcome=WORKS)
