@@ -336,3 +336,11 @@ def test_the_table_is_printed_with_sources(capsys):
     printed = capsys.readouterr().out
     assert "50000, 58000" in printed
     assert "#206" in printed
+
+
+def test_what_is_neither_a_directory_nor_a_name_is_told(tmp_path, capsys):
+    command = ["check", str(tmp_path / "no where"), "--model", "pythia-70m", "--step", "3000"]
+    assert main(command) == 2
+    assert "neither a directory nor a model's name on the hub" in capsys.readouterr().err
+    assert main(["check", "--model", "pythia-70m"]) == 2
+    assert "DIR and --step are needed" in capsys.readouterr().err

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.base.errors import ConfigError
 from megatron.checkpoint.hugging_face.names import whole_shapes
+from megatron.cli.pythia.models import model_of_name_and_files
 from megatron.config.load import load_config
 from megatron.config.outcomes import check_launch
 from megatron.data.tokenizers import padded_vocab_size
@@ -185,10 +187,33 @@ def test_no_key_is_refused_under_the_v1_profile(name):
     config = load(name, gpus=4)
     assert config.ledger.neox_version == "v1.0"
     assert config.other.seed == 1234
-    main = load_config(
-        [CONFIGS / f"{name}.yml"],
-        {"num_gpus": config.topology.world_size, "neox_version": "main"},
-        local_slots=lambda: 0,
-        environ={},
+    check_launch(config)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_a_copy_for_preshuffled_data_is_the_same_model(name, tmp_path):
+    """As docs/pythia.md makes it."""
+    text = (CONFIGS / f"{name}.yml").read_text()
+    for old, new in {
+        "pythia_pile_idxmaps/pile_20B_tokenizer_text_document": "pile-standard-pythia-preshuffled",
+        "pythia_deduped_pile_idxmaps/pile_0.87_deduped_text_document": (
+            "pile-deduped-pythia-preshuffled"
+        ),
+    }.items():
+        text = text.replace(old, f"{new}/document")
+    copy = tmp_path / "preshuffled.yml"
+    copy.write_text(text + "data_order: sequential\n")
+    model = model_of_name_and_files(
+        f"pythia-{name.lower().replace('1-4', '1.4')}".replace("2-8", "2.8").replace("6-9", "6.9"),
+        [copy],
     )
-    check_launch(main)
+    assert model.config.ledger.data_order == "sequential"
+    assert model.config.training.train_data_paths[0].endswith("-preshuffled/document")
+
+
+def test_a_copy_with_another_batch_is_refused(tmp_path):
+    text = (CONFIGS / "70M.yml").read_text().replace("batch_size: 1024", "batch_size: 512")
+    copy = tmp_path / "other.yml"
+    copy.write_text(text)
+    with pytest.raises(ConfigError, match="train_batch_size differ"):
+        model_of_name_and_files("pythia-70m", [copy])

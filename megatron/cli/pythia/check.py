@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron.base.errors import ConfigError
+from megatron.checkpoint.hugging_face.download import local_directory
 from megatron.cli.ledger.options import add_json_option
 from megatron.cli.ledger.output import print_json, print_table, say
 from megatron.cli.ledger.progress import progress
@@ -18,7 +19,7 @@ from megatron.cli.pythia.models import (
     model_of_name_and_files,
 )
 
-__all__ = ["add_check", "add_model_options", "chosen_model"]
+__all__ = ["add_check", "add_model_options", "chosen_model", "downloaded_directory"]
 
 _EPILOG = """What is checked: sizes and vocabulary against the model's configuration, every value,
 the first values at steps 0 and 1 against their formulas, the step that NeoX's files say, weights
@@ -45,7 +46,12 @@ def add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="what to check")
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        metavar="DIR",
+        help="what to check; or a name on the hub, whose branch stepN is then downloaded",
+    )
     add_model_options(parser)
     parser.add_argument("--step", type=int, help="the branch: 3000 for step3000")
     parser.add_argument(
@@ -102,6 +108,15 @@ def chosen_model(options: argparse.Namespace) -> ReleasedModel:
     return model_of_files(options.config)
 
 
+def downloaded_directory(source: str, step: int) -> Path:
+    """Return ``source`` if it is a directory, else the branch of the hub's model of that name.
+
+    Raises:
+        MegatronError: it is neither, or the hub doesn't give it.
+    """
+    return local_directory(source, None if Path(source).exists() else f"step{step}")
+
+
 def _check(options: argparse.Namespace) -> int:
     model = chosen_model(options)
     if options.known:
@@ -109,9 +124,10 @@ def _check(options: argparse.Namespace) -> int:
         return GOOD
     if options.directory is None or options.step is None:
         raise ConfigError("DIR and --step are needed, or --known")
+    directory = downloaded_directory(options.directory, options.step)
     with progress("tensors") as on_tensor:
         findings = check_release(
-            options.directory,
+            directory,
             model,
             options.step,
             against=options.against,
@@ -133,7 +149,7 @@ def _check(options: argparse.Namespace) -> int:
         return status
     for finding in findings:
         say(str(finding))
-    say(_result(options.directory, model, options.step, findings))
+    say(_result(directory, model, options.step, findings))
     return status
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.base.errors import ConfigError
 from megatron.cli.ledger.output import number, say
-from megatron.cli.pythia.check import add_model_options, chosen_model
+from megatron.cli.pythia.check import add_model_options, chosen_model, downloaded_directory
 from megatron.cli.pythia.findings import GOOD
 from megatron.cli.pythia.importing import Imported, import_step, import_with_moments_of
 from megatron.cli.pythia.models import ReleasedModel
@@ -44,7 +44,11 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_model_options(parser)
     parser.add_argument("--step", type=int, required=True, help="the branch: 3000 for step3000")
     parser.add_argument(
-        "--from", dest="source", type=Path, required=True, metavar="DIR", help="what was downloaded"
+        "--from",
+        dest="source",
+        required=True,
+        metavar="DIR",
+        help="what was downloaded; or a name on the hub, whose branch stepN is then downloaded",
     )
     parser.add_argument(
         "--to", dest="save", type=Path, required=True, metavar="SAVE", help="a new directory"
@@ -93,22 +97,21 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _imported(options: argparse.Namespace, model: ReleasedModel) -> Imported:
+    source = downloaded_directory(options.source, options.step)
     match options.moments:
         case ["cold"]:
             return import_step(
-                options.source,
+                source,
                 options.save,
                 model,
                 options.step,
                 skipped_steps=options.skipped_steps,
             )
         case ["from", neox]:
-            return import_with_moments_of(
-                Path(neox), options.source, options.save, model, options.step
-            )
+            return import_with_moments_of(Path(neox), source, options.save, model, options.step)
         case [how] if match := re.fullmatch(r"warm:(\d+)", how):
             return import_warm(
-                options.source,
+                source,
                 options.save,
                 model,
                 options.step,

@@ -16,7 +16,7 @@ room. A checkpoint of NeoX's that has its optimizer's state is taken as it is, f
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from megatron.checkpoint.reshape.streamed_file import StreamedTensor, write_stre
 from megatron.checkpoint.stored import LEDGER_FILE, StoredCheckpoint, model_states_file
 from megatron.checkpoint.weights import stored_shape
 from megatron.cli.pythia.checks import check_release, has_optimizer, measure_all
+from megatron.cli.pythia.comparison import Measurements
 from megatron.cli.pythia.downloaded import Downloaded, Place, open_downloaded
 from megatron.cli.pythia.findings import Finding, wrong
 from megatron.cli.pythia.models import ReleasedModel, schedule_of
@@ -114,7 +115,8 @@ def import_step(
             can't be written; nothing is left behind.
     """
     iteration = model.iteration(step)
-    findings = require_no_proof(source, model, step)
+    kept: list[Measurements] = []
+    findings = require_no_proof(source, model, step, keep=kept.append)
     downloaded = open_downloaded(source, model.settings, iteration=iteration)
     with new_directory(destination) as temporary:
         directory = temporary / f"global_step{iteration}"
@@ -129,7 +131,15 @@ def import_step(
         else:
             counters = Counters.of(model, iteration, skipped_steps)
             learning_rate_step, adam_step = counters.updates, counters.adam_step
-            notices = _write(downloaded, directory, temporary, model, counters, moments)
+            notices = _write(
+                downloaded,
+                directory,
+                temporary,
+                model,
+                counters,
+                moments,
+                _fits(kept, model),
+            )
         write_latest(temporary, iteration)
     checkpoint = destination / directory.name
     return Imported(
@@ -165,7 +175,8 @@ def write_start_of_warm_up(
         for name, text in model.config.config_files.items():
             write_atomically(directory / "configs" / name, text)
         counters = Counters(first, first, adam_step=0)
-        _write(downloaded, directory, temporary, model, counters, None)
+        kept = [measure_all(downloaded)]
+        _write(downloaded, directory, temporary, model, counters, None, _fits(kept, model))
         write_latest(temporary, first)
 
 
@@ -187,13 +198,25 @@ def import_with_moments_of(
     return import_step(neox, destination, model, step)
 
 
-def require_no_proof(source: Path, model: ReleasedModel, step: int) -> list[Finding]:
+def require_no_proof(
+    source: Path,
+    model: ReleasedModel,
+    step: int,
+    *,
+    keep: Callable[[Measurements], None] = lambda measured: None,
+) -> list[Finding]:
     """Check a download; return what was found.
+
+    Args:
+        source: the download.
+        model: what it should be.
+        step: as branches count.
+        keep: given what was measured of its tensors.
 
     Raises:
         CheckpointError: its content proves it wrong.
     """
-    findings = check_release(source, model, step)
+    findings = check_release(source, model, step, keep=keep)
     proofs = wrong(findings)
     if proofs:
         raise CheckpointError(
@@ -249,6 +272,7 @@ def _write(
     model: ReleasedModel,
     counters: Counters,
     moments: Moments | None,
+    dtype: torch.dtype | None,
 ) -> list[str]:
     """Write weights, metadata and facts; return what a user should know."""
     multiplicity = model.settings.tp_bias_multiplicity
@@ -257,7 +281,7 @@ def _write(
         size = model.tensor_parallel_size
         hub = open_hub_model(downloaded.path, bias_multiplicity=multiplicity)
         hub.settings.require_divisible(size)
-        watch = ValueWatch(_written_type(downloaded, model))
+        watch = ValueWatch(dtype)
         files = write_layer_files(hub, directory, tensor_parallel_size=size, watch=watch)
         notices += watch.notices()
         if copy_from_hub(downloaded.path, temporary / "tokenizer") is None:
@@ -294,14 +318,13 @@ def _write(
     return notices
 
 
-def _written_type(downloaded: Downloaded, model: ReleasedModel) -> torch.dtype | None:
-    """Return the type the run was trained in if it holds every value, else None."""
+def _fits(kept: Sequence[Measurements], model: ReleasedModel) -> torch.dtype | None:
+    """Return the type the run was trained in if it holds every value, else None: as stored."""
     trained = model.training_dtype
     if trained == "fp32":
         return DTYPES["fp32"]
-    measured = measure_all(downloaded)
-    fits = all(trained in one.exact_in for one in measured.values())
-    return DTYPES[trained] if fits else None
+    fits = all(trained in one.exact_in for measured in kept for one in measured.values())
+    return DTYPES[trained] if fits and kept else None
 
 
 def _metadata(
