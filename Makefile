@@ -9,7 +9,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3 "$$HOME"/.pyenv/versions/3
 PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
-BENCHMARKS := $(wildcard $(addprefix benchmarks/,index_maps.py loader.py step_time.py launch.py ledger_overhead.py save.py verify_at_load.py reshape.py convert_hf.py))
+BENCHMARKS := $(wildcard $(addprefix benchmarks/,index_maps.py loader.py step_time.py launch.py ledger_overhead.py save.py verify_at_load.py reshape.py convert_hf.py sharded_data.py))
 # What codespell reads as well as the code.
 PROSE := README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs
 

@@ -430,46 +430,94 @@ struct Spans {
     int64_t count;
 };
 
-// False, possibly after some copies, if a span leaves the source or the target.
-bool copy(const Buffer &source, const Buffer &target, const Spans &spans) {
-    constexpr int64_t ahead = 4;  // spans; each is a jump the hardware can't foresee
-    const auto *from = source.data<unsigned char>();
-    auto *to = target.data<unsigned char>();
-    for (int64_t i = 0; i < spans.count; ++i) {
-        const int64_t size = spans.sizes[i];
-        if (size < 0 || size > source.bytes() || size > target.bytes()) return false;
-        if (spans.sources[i] < 0 || spans.sources[i] > source.bytes() - size) return false;
-        if (spans.targets[i] < 0 || spans.targets[i] > target.bytes() - size) return false;
-        if (i + ahead < spans.count) __builtin_prefetch(from + spans.sources[i + ahead]);
-        std::memcpy(to + spans.targets[i], from + spans.sources[i], static_cast<size_t>(size));
+// Consecutive files as one row of bytes.
+struct Files {
+    const int64_t *addresses;  // of the mapped files; 0: not mapped yet
+    const int64_t *bounds;     // where each begins, and where the last one ends
+    int64_t count;
+
+    int64_t size() const { return bounds[count]; }
+
+    // The file that holds a byte; of empty files at one place the last.
+    int64_t file_of(int64_t byte) const {
+        // All but the last have one size, mostly.
+        const int64_t guess = std::min(byte / std::max(bounds[1] - bounds[0], INT64_C(1)), count - 1);
+        if (bounds[guess] <= byte && byte < bounds[guess + 1]) return guess;
+        return std::upper_bound(bounds, bounds + count, byte) - bounds - 1;
     }
-    return true;
+
+    const unsigned char *at(int64_t file, int64_t byte) const {
+        return reinterpret_cast<const unsigned char *>(addresses[file]) + (byte - bounds[file]);
+    }
+};
+
+constexpr int64_t kDone = -1;
+constexpr int64_t kOutside = -2;
+
+// kDone, kOutside if a span leaves source or target, or the number of a file that must be mapped
+// before; the latter two possibly after some copies.
+int64_t copy(const Files &files, const Buffer &target, const Spans &spans) {
+    constexpr int64_t block = 16;  // spans; each is a jump the hardware can't foresee
+    int64_t file[block] = {};
+    auto *to = target.data<unsigned char>();
+    for (int64_t first = 0; first < spans.count; first += block) {
+        const int64_t stop = std::min(first + block, spans.count);
+        for (int64_t i = first; i < stop; ++i) {
+            const int64_t size = spans.sizes[i], source = spans.sources[i];
+            if (size < 0 || size > files.size() || size > target.bytes()) return kOutside;
+            if (source < 0 || source > files.size() - size) return kOutside;
+            if (spans.targets[i] < 0 || spans.targets[i] > target.bytes() - size) return kOutside;
+            if (size == 0) continue;
+            file[i - first] = files.file_of(source);
+            for (int64_t k = file[i - first]; k < files.count && files.bounds[k] < source + size; ++k)
+                if (files.addresses[k] == 0 && files.bounds[k] < files.bounds[k + 1]) return k;
+            __builtin_prefetch(files.at(file[i - first], source));
+        }
+        for (int64_t i = first; i < stop; ++i) {
+            int64_t left = spans.sizes[i], byte = spans.sources[i];
+            auto *out = to + spans.targets[i];
+            for (int64_t k = file[i - first]; left > 0; ++k) {
+                const int64_t part = std::min(left, files.bounds[k + 1] - byte);
+                if (part == 0) continue;
+                std::memcpy(out, files.at(k, byte), static_cast<size_t>(part));
+                left -= part, byte += part, out += part;
+            }
+        }
+    }
+    return kDone;
 }
 
-PyObject *copy_spans(PyObject *, PyObject *arguments) {
-    PyObject *source_object, *target_object, *sources_object, *targets_object, *sizes_object;
-    if (!PyArg_ParseTuple(arguments, "OOOOO", &source_object, &target_object, &sources_object,
-                          &targets_object, &sizes_object))
+PyObject *copy_from_files(PyObject *, PyObject *arguments) {
+    PyObject *addresses_object, *bounds_object, *target_object, *sources_object, *targets_object,
+        *sizes_object;
+    if (!PyArg_ParseTuple(arguments, "OOOOOO", &addresses_object, &bounds_object, &target_object,
+                          &sources_object, &targets_object, &sizes_object))
         return nullptr;
-    Buffer source, target, sources, targets, sizes;
-    if (!source.open(source_object, false) || !target.open(target_object, true) ||
-        !sources.open(sources_object, false) || !targets.open(targets_object, false) ||
-        !sizes.open(sizes_object, false))
+    Buffer addresses, bounds, target, sources, targets, sizes;
+    if (!addresses.open(addresses_object, false) || !bounds.open(bounds_object, false) ||
+        !target.open(target_object, true) || !sources.open(sources_object, false) ||
+        !targets.open(targets_object, false) || !sizes.open(sizes_object, false))
         return nullptr;
-    if (!require_itemsize(sources, 8, "sources") || !require_itemsize(targets, 8, "targets") ||
+    if (!require_itemsize(addresses, 8, "addresses") || !require_itemsize(bounds, 8, "bounds") ||
+        !require_itemsize(sources, 8, "sources") || !require_itemsize(targets, 8, "targets") ||
         !require_itemsize(sizes, 8, "sizes"))
         return nullptr;
     if (sources.items() != sizes.items() || targets.items() != sizes.items()) {
         PyErr_SetString(PyExc_ValueError, "sources, targets and sizes must have the same length");
         return nullptr;
     }
+    if (bounds.items() != addresses.items() + 1) {
+        PyErr_SetString(PyExc_ValueError, "bounds must have one item more than addresses");
+        return nullptr;
+    }
+    const Files files{addresses.data<int64_t>(), bounds.data<int64_t>(), addresses.items()};
     const Spans spans{sources.data<int64_t>(), targets.data<int64_t>(), sizes.data<int64_t>(),
                       sizes.items()};
-    bool inside;
+    int64_t result;
     Py_BEGIN_ALLOW_THREADS;
-    inside = copy(source, target, spans);
+    result = copy(files, target, spans);
     Py_END_ALLOW_THREADS;
-    if (inside) Py_RETURN_NONE;
+    if (result != kOutside) return PyLong_FromLongLong(result);
     PyErr_SetString(PyExc_ValueError, "a span leaves the source or the target");
     return nullptr;
 }
@@ -488,8 +536,9 @@ PyMethodDef kMethods[] = {
      "draw_blend(weights, counts, first_draw, datasets, samples)\n\nContinue a blend."},
     {"count_occurrences", count_occurrences, METH_VARARGS,
      "count_occurrences(values, first, counters) -> bool\n\nFalse if a value has no counter."},
-    {"copy_spans", copy_spans, METH_VARARGS,
-     "copy_spans(source, target, sources, targets, sizes)\n\nCopy byte spans."},
+    {"copy_from_files", copy_from_files, METH_VARARGS,
+     "copy_from_files(addresses, bounds, target, sources, targets, sizes) -> file\n\n"
+     "Copy byte spans of consecutive mapped files; -1, or the number of one to map first."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -22,11 +22,12 @@ def draw_blend(
     /,
 ) -> None: ...
 def count_occurrences(values: NDArray[Any], first: int, counters: NDArray[Any], /) -> bool: ...
-def copy_spans(
-    source: NDArray[Any],
+def copy_from_files(
+    addresses: NDArray[Any],
+    bounds: NDArray[Any],
     target: NDArray[Any],
     sources: NDArray[Any],
     targets: NDArray[Any],
     sizes: NDArray[Any],
     /,
-) -> None: ...
+) -> int: ...

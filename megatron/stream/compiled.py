@@ -2,7 +2,7 @@
 
 try:
     from megatron.stream._shuffle import (
-        copy_spans,
+        copy_from_files,
         count_occurrences,
         draw_blend,
         draw_wide,
@@ -15,4 +15,4 @@ except ImportError as error:
         "(or `python setup.py build_ext --inplace` in the checkout)"
     ) from error
 
-__all__ = ["copy_spans", "count_occurrences", "draw_blend", "draw_wide", "shuffle", "walk"]
+__all__ = ["copy_from_files", "count_occurrences", "draw_blend", "draw_wide", "shuffle", "walk"]

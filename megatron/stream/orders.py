@@ -181,6 +181,11 @@ class Order(ABC):
     def find(self, documents: range, positions: range) -> Occurrences:
         """Return where in a range of positions any of some consecutive documents is read."""
 
+    def first_known(self, documents: range, positions: range) -> int | None:
+        """Return where documents are read first, if that is known without a search."""
+        del documents, positions
+        return None
+
     def read(
         self,
         block: NDArray[np.int64],

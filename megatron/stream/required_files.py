@@ -112,11 +112,11 @@ def first_missing(stream: Stream, positions: range) -> list[FileNeed]:
                 path = part.shard.path
                 if path in found and found[path] < start:
                     continue
-                where = stream.positions_of_bytes(
+                where = stream.first_of_bytes(
                     component, part.start, part.stop, range(start, positions.stop)
-                ).position
-                if len(where):
-                    found[path] = min(int(where.min()), found.get(path, int(where.min())))
+                )
+                if where is not None:
+                    found[path] = min(where, found.get(path, where))
     needs = (FileNeed(path, position) for path, position in found.items())
     return sorted(needs, key=lambda need: (need.position, need.path))
 

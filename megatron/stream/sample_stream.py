@@ -19,6 +19,7 @@ from megatron.stream.explanations import (
     sample_documents,
 )
 from megatron.stream.grouping import groups
+from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.orders import Occurrences, Order, TokenSpans
 
@@ -199,15 +200,28 @@ class Stream:
         """
         dataset = self.orders[component].dataset
         pointers, itemsize = dataset.pointers, dataset.dtype.itemsize
-        # Searched in the mapped file: numpy.searchsorted would copy all of it.
-        first = max(0, bisect_right(pointers, start) - 1)
-        found = self._find(component, range(first, bisect_left(pointers, stop)), positions)
+        found = self._find(component, _documents_of(dataset, start, stop), positions)
         # Tokens of each document that the bytes touch.
         offset = pointers[found.document]
         low = np.maximum(found.start, (start - offset) // itemsize)
         high = np.minimum(found.start + found.length, -((offset - stop) // itemsize))
         clipped = Occurrences(**{**vars(found), "start": low, "length": high - low})
         return clipped.at(high > low)
+
+    def first_of_bytes(self, component: int, start: int, stop: int, positions: range) -> int | None:
+        """Return the first position that :meth:`positions_of_bytes` gives; None if it gives none.
+
+        In order of the file it is known without a search.
+        """
+        order, shift = self.orders[component], int(self._starts[component])
+        if self.blend is None:
+            documents = _documents_of(order.dataset, start, stop)
+            own = range(positions.start + shift, positions.stop + shift)
+            known = order.first_known(documents, own)
+            if known is not None:
+                return known - shift
+        found = self.positions_of_bytes(component, start, stop, positions).position
+        return int(found.min()) if len(found) else None
 
     def _find(self, component: int, documents: range, positions: range) -> Occurrences:
         start = int(self._starts[component])
@@ -264,6 +278,13 @@ class Stream:
             return [0] * len(documents)
         width = self.seq_length + 1
         return [width - sum(part.stop - part.start for part in parts) for parts in documents]
+
+
+def _documents_of(dataset: IndexedDataset, start: int, stop: int) -> range:
+    """Return the documents that have bytes in a range, and perhaps empty ones beside them."""
+    # Searched in the mapped file: numpy.searchsorted would copy all of it.
+    first = max(0, bisect_right(dataset.pointers, start) - 1)
+    return range(first, bisect_left(dataset.pointers, stop))
 
 
 def _label_dtype(order: Order) -> np.dtype[Any]:

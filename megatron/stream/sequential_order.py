@@ -115,6 +115,12 @@ class SequentialOrder(Order):
             parts.append(self._occurrences(block, head + first_position + found, sample))
         return Occurrences.joined(parts)
 
+    def first_known(self, documents: range, positions: range) -> int | None:
+        """Return where in the head documents are read first; None if not there."""
+        first = max(documents.start - self.documents.start, positions.start)
+        stop = min(documents.stop - self.documents.start, positions.stop, self._head_length)
+        return first if first < stop else None
+
     def _occurrences(
         self, block: int, position: NDArray[np.int64], sample: NDArray[np.int64]
     ) -> Occurrences:

@@ -25,6 +25,9 @@ class TokenBytes:
         self.size = self.shards[-1].stop if self.shards else 0
         self.starts = np.array([shard.start for shard in shards], dtype=np.int64)  # bytes
         self._maps: dict[int, NDArray[np.uint8]] = {}
+        # What compiled code reads: where each file is mapped (0: not yet), and its bytes.
+        self._addresses = np.zeros(len(shards), dtype=np.int64)
+        self._bounds = np.append(self.starts, np.int64(self.size))
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Self:
@@ -89,22 +92,12 @@ class TokenBytes:
             DatasetError: a file that is needed is missing.
             ValueError: a span leaves the dataset or ``out``.
         """
-        if len(self.shards) == 1:
-            compiled.copy_spans(self._map(0), out, starts, targets, sizes)
-            return
-        stops = starts + sizes
-        first, last = self.shards_of(starts, stops)
-        if len(starts) and (starts.min() < 0 or stops.max() > self.size):
-            raise ValueError("a span leaves the dataset")
-        for index in range(int(first.min(initial=0)), int(last.max(initial=-1)) + 1):
-            shard = self.shards[index]
-            chosen = np.flatnonzero((first <= index) & (index <= last) & (sizes > 0))
-            if not len(chosen):
-                continue
-            begin = np.maximum(starts[chosen], shard.start)
-            end = np.minimum(stops[chosen], shard.stop)
-            target = targets[chosen] + (begin - starts[chosen])
-            compiled.copy_spans(self._map(index), out, begin - shard.start, target, end - begin)
+        while (
+            index := compiled.copy_from_files(
+                self._addresses, self._bounds, out, starts, targets, sizes
+            )
+        ) >= 0:
+            self._map(index)  # then all over: files are mapped once, and mostly few at a time
 
     def shards_of(
         self, starts: NDArray[np.int64], stops: NDArray[np.int64]
@@ -143,7 +136,9 @@ class TokenBytes:
                 mapped = np.zeros(0, dtype=np.uint8)
             else:
                 mapped = self._map_file(index)
-            self._maps[index] = mapped
+            # Of threads that come at once the first one's map stays: others read from its address.
+            mapped = self._maps.setdefault(index, mapped)
+            self._addresses[index] = mapped.ctypes.data if len(mapped) else 0
         return mapped
 
     def _map_file(self, index: int) -> NDArray[np.uint8]:
