@@ -132,7 +132,7 @@ class ParameterStates:
         if not pieces:
             return torch.zeros(place.shape)
         flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return flat.view(place.shape)
+        return flat.detach().view(place.shape)  # masters are stored as parameters
 
     def _opened(self, key: ParameterKey, tensor_rank: int) -> torch.Tensor:
         place = self._places[key]
