@@ -215,6 +215,9 @@ def _foreign(config: RunConfig, checkpoint: Path, metadata: Mapping[str, Any]) -
     if not isinstance(step, int):
         raise CheckpointError(f"{checkpoint} does not say at which step it was saved")
     assumed: list[str] = []
+    moments = metadata.get("moments")  # of tools/pythia.py import
+    if isinstance(moments, str):
+        assumed.append(f"Adam's moments are {moments}, not the run's: numbers are not exact")
     ranks = metadata.get("dp_world_size")
     if not isinstance(ranks, int):
         ranks = config.topology.data_parallel_size

@@ -53,6 +53,8 @@ __all__ = [
     "write_start_of_warm_up",
 ]
 
+# In a model-states file: where Adam's moments are from, for the plan of a launch.
+MOMENTS_NOTE = "moments"
 _DUMMY_STEPS = 1  # v1.0's optimizers step once, on zero gradients, when they are made (§5.3)
 Moments = Mapping[str, Any]
 """``exp_avg`` and ``exp_avg_sq``: function of tensor rank, layer and name, giving the values."""
@@ -296,6 +298,7 @@ def _write(
         shapes = downloaded.shapes
     for rank in range(size):
         content = _metadata(model, size, counters, downloaded.vocabulary)
+        content[MOMENTS_NOTE] = "zeros (cold)" if moments is None else "rebuilt from batches (warm)"
         content["optimizer"] = _optimizer(model, shapes, size, rank, counters, moments)
         name = model_states_file(rank)
         files[name] = write_streamed_file(content, directory / name)
