@@ -108,11 +108,15 @@ def attempt_facts_path(save: Path, number: int) -> Path:
 def claim_attempt(save: Path, facts: AttemptFacts) -> AttemptFacts:
     """Write the facts of a new attempt under the next free number; return them with it.
 
+    A number that the lineage knows isn't free, even if its files are lost.
+
     Raises:
         OSError: the run directory cannot be written.
     """
     (save / "attempts").mkdir(parents=True, exist_ok=True)
-    claimed = replace(facts, number=next_attempt_number(save))
+    begin = facts.begin
+    known = max((span.attempt for span in begin.spans if span.run_id == facts.run_id), default=0)
+    claimed = replace(facts, number=max(next_attempt_number(save), known + 1))
     # Exclusive: a number is never given twice, not even to two jobs that both believe to hold save.
     os.close(
         os.open(attempt_facts_path(save, claimed.number), os.O_CREAT | os.O_EXCL | os.O_WRONLY)

@@ -1,5 +1,6 @@
 """The recorder: lines wait for their digests, ledgers cover exactly what was written."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,17 @@ def test_lines_are_written_once_their_digests_are_known(tmp_path):
     assert [one.digest for one in read_attempt(run.lines_path)] == [
         digest_text(digest) for digest in (11, 12, 13)
     ]
+
+
+def test_a_number_that_the_lineage_knows_is_not_given_again(tmp_path):
+    save = tmp_path / "run"
+    run = TestRun.start(save)
+    run.recorder.step(step_record(1))
+    run.recorder.flush({1: 11})
+    ledger = run.recorder.ledger(lambda stream, position: {}, evaluation_due=False)
+    run.recorder.close("finished")
+    shutil.rmtree(save / "attempts")  # lost, or not copied with the checkpoints
+    assert TestRun.start(save, ledger).recorder.number == 2
 
 
 def test_an_evaluation_is_written_after_the_steps_before_it(tmp_path):
