@@ -19,7 +19,6 @@ from megatron.checkpoint.verified import verify_together
 from megatron.config.run_config import RunConfig
 from megatron.ledger.candidates import Candidate
 from megatron.ledger.checkpoint_choice import choose, search_for
-from megatron.ledger.run_directory import checkpoint_path
 from megatron.model.settings import ModelSettings
 from megatron.neox_arguments import NeoXArgs
 from megatron.training import prepared_training
@@ -108,7 +107,7 @@ def _choose(config: RunConfig, iteration: int | None, *, needs_optimizer: bool) 
 
     def check(candidate: Candidate) -> str | None:
         return verify_together(
-            checkpoint_path(search.directory, candidate.step),
+            search.path_of(candidate.step),
             _gather,
             rank=torch.distributed.get_rank(),
             world_size=torch.distributed.get_world_size(),

@@ -31,7 +31,7 @@ from megatron.ledger.checkpoint_evidence import committed_by
 from megatron.ledger.instructions import Decision, InstructedAttempt, Instruction, decide
 from megatron.ledger.ledger_file import Ledger, read_ledger
 from megatron.ledger.planning.inputs import ForeignCheckpoint, Found, LearningRates
-from megatron.ledger.run_directory import checkpoint_path, list_checkpoints, step_of
+from megatron.ledger.run_directory import list_checkpoints, step_of
 from megatron.optim.schedules import LearningRateSchedule
 
 __all__ = ["Source", "Wish", "find_source", "found_checkpoint", "needs_optimizer", "wish_of"]
@@ -116,7 +116,7 @@ def find_source(config: RunConfig) -> Source:
 
     def check(candidate: Candidate) -> str | None:
         return problem_without_bytes(
-            checkpoint_path(search.directory, candidate.step),
+            search.path_of(candidate.step),
             is_numbered=candidate.sequence is not None,
             needs_optimizer=needs_optimizer(config, wish),
         )
@@ -258,9 +258,11 @@ def _config_then(
     config: RunConfig, checkpoint: Path, world_size: int, assumed: list[str]
 ) -> tuple[RunConfig, DescribedData]:
     """Return the configuration saved with a checkpoint, with its data where it lies now."""
+    # A released checkpoint may have its configuration among its files.
+    folder = checkpoint / "configs"
     files = sorted(
         path
-        for path in (checkpoint / "configs").glob("*.y*ml")
+        for path in (folder if folder.is_dir() else checkpoint).glob("*.y*ml")
         if path.is_file() and not path.is_symlink()  # a FIFO would be waited for
     )
     if not files:

@@ -30,7 +30,7 @@ from megatron.ledger.checkpoint_choice import choose
 from megatron.ledger.lease import Lease
 from megatron.ledger.readers import reading as reader_mark
 from megatron.ledger.readers import remove_dead_marks
-from megatron.ledger.run_directory import checkpoint_path, remove_leftovers
+from megatron.ledger.run_directory import remove_leftovers
 from megatron.ledger.shared_directory import answer_mark, leave_mark, remove_marks
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
@@ -275,7 +275,7 @@ def _find_good(
         return groups.from_rank_0(together(groups, lambda: next(on_rank_0, None)))
 
     def check(candidate: Candidate) -> str | None:
-        checkpoint = checkpoint_path(search.directory, candidate.step)
+        checkpoint = search.path_of(candidate.step)
         reading.close()
         is_marked = groups.rank == 0 and not _is_own(checkpoint, config)
         together(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.base.errors import CheckpointError
+from megatron.base.torch_metadata import read_torch_metadata
 from megatron.ledger.candidates import Candidate, ordered_candidates
 from megatron.ledger.checkpoint_evidence import read_directories, read_histories, sequence_of
 from megatron.ledger.ledger_file import LEDGER_FILE, read_ledger
@@ -30,6 +31,7 @@ __all__ = [
     "search_for",
 ]
 
+_METADATA_FILE = "mp_rank_00_model_states.pt"
 _NAMED_IN_MESSAGES = 8
 
 
@@ -78,6 +80,12 @@ class Search:
 
     directory: Path
     iteration: int | None = None  # only this step will do
+    lone_step: int | None = None
+    """The directory itself is a checkpoint, of this step: released ones lie so on a hub."""
+
+    def path_of(self, step: int) -> Path:
+        """Return the directory with the checkpoint of ``step``."""
+        return checkpoint_path(self.directory, step) if self.lone_step is None else self.directory
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what may be loaded, the best first; others than the first cost a look at all.
@@ -85,6 +93,14 @@ class Search:
         Raises:
             CheckpointError: the step that was asked for is not there.
         """
+        if self.lone_step is not None:
+            if self.iteration not in (None, self.lone_step):
+                raise CheckpointError(
+                    f"iteration: {self.iteration} was asked for, but {self.directory} "
+                    f"is itself the checkpoint of step {self.lone_step}"
+                )
+            yield Candidate(self.lone_step, None)
+            return
         steps = list_checkpoints(self.directory)
         if self.iteration is not None:
             if self.iteration not in steps:
@@ -104,6 +120,8 @@ class Search:
 
     def latest(self) -> tuple[int | None, str]:
         """Return the step that ``latest`` names, or what is wrong with it."""
+        if self.lone_step is not None:
+            return self.lone_step, ""
         try:
             latest = read_latest(self.directory)
         except CheckpointError as error:
@@ -135,6 +153,9 @@ def search_for(
             key = f"iteration: {iteration}" if iteration is not None else "finetune: true"
             raise CheckpointError(f"{key} is set but load is not: there is nothing to load it from")
         return None
+    lone_step = None if is_continuation else _lone_step(load)
+    if lone_step is not None:
+        return Search(load, iteration, lone_step)
     if iteration is None and not list_checkpoints(load):
         if is_continuation:
             _refuse_a_lost_run(load)
@@ -164,7 +185,7 @@ def choose(
         problem = check(candidate)
         if problem is None:
             return Chosen(
-                checkpoint_path(search.directory, candidate.step),
+                search.path_of(candidate.step),
                 tuple(rejected),
                 "" if search.iteration is not None else search.latest()[1],
                 candidate.is_ancestor,
@@ -213,6 +234,17 @@ def in_one_line(problems: Sequence[str]) -> str | None:
     return "; ".join(problems[:_NAMED_IN_MESSAGES]) + (f"; and {more} more" if more > 0 else "")
 
 
+def _lone_step(directory: Path) -> int | None:
+    """Return the step of the checkpoint whose files lie directly in a directory; None: none do."""
+    path = directory / _METADATA_FILE
+    if list_checkpoints(directory) or not path.is_file():
+        return None
+    step = read_torch_metadata(path).get("iteration")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{path} does not say at which step it was saved")
+    return step
+
+
 def _refuse_losing_checkpoints(
     load: Path | None, save: Path | None, *, finetune: bool, is_continuation: bool
 ) -> None:
@@ -254,7 +286,7 @@ def _nothing_good(search: Search, rejected: Sequence[Rejected]) -> str:
     if search.iteration is not None and rejected:
         return (
             f"iteration: {search.iteration} was asked for, but "
-            f"{checkpoint_path(directory, rejected[0].step)} cannot be loaded: "
+            f"{search.path_of(rejected[0].step)} cannot be loaded: "
             f"{rejected[0].problem}. Without iteration a launch goes on from the newest good "
             "checkpoint of the run"
         )
@@ -268,7 +300,7 @@ def _nothing_good(search: Search, rejected: Sequence[Rejected]) -> str:
     )
     _, problem = search.latest()
     lines = [problem] if problem else []
-    lines += [f"{checkpoint_path(directory, one.step)}: {one.problem}" for one in rejected]
+    lines += [f"{search.path_of(one.step)}: {one.problem}" for one in rejected]
     return "\n".join(
         [
             f"{directory}: no checkpoint of the run can be loaded, and nothing is deleted:",

@@ -1,5 +1,6 @@
 """Going on from NeoX v1.0's checkpoints with its numerics gives its losses, at any topology."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.engine.training_runs import TrainedRun, run_training
 from tests.pythia.recorded_runs import RUNS, continued_config, losses, unpack
+from tests.worlds import WorldFailed
 
 pytestmark = pytest.mark.distributed
 
@@ -92,6 +94,37 @@ def test_at_another_topology_the_losses_are_equal_to_rounding(
     trained = train(recorded, tmp_path / "world", **changes)
     assert "the optimizer's state is resharded, exactly" in trained.printed
     assert distance(trained.losses, losses(recorded, "train_log")[5:]) < ROUNDING
+
+
+def lay_flat(recorded: Path) -> Path:
+    """Return a directory with the checkpoint's files directly in it, as a hub has them."""
+    flat = recorded / "pythia"
+    shutil.copytree(recorded / "global_step5", flat)
+    shutil.move(flat / "configs" / "tiny.yml", flat / "TINY.yml")
+    (flat / "configs").rmdir()
+    for path in flat.glob("zero_*"):
+        path.rename(flat / path.name.replace("_optim_states", "optim_states"))
+    return flat
+
+
+def test_files_directly_in_the_directory_are_a_checkpoint(tmp_path: Path):
+    recorded = unpack("tp1_dp2_zero1", tmp_path)
+    config = continued_config(recorded)
+    flat = lay_flat(recorded)
+    save = str(tmp_path / "save")
+    config |= {"load": str(flat), "save": save, "checkpoint_factor": 4, "exit_interval": 8}
+    first = run_training(config, tmp_path / "first", allows_fp16=True)
+    again = config | {"exit_interval": 10}  # the same command goes on from what it saved
+    second = run_training(again, tmp_path / "second", allows_fp16=True)
+    found = first.losses + second.losses
+    assert distance(found, losses(recorded, "train_log")[5:]) < ROUNDING
+    assert f"loaded {flat}, iteration 5" in first.printed
+    with pytest.raises(WorldFailed, match=r"iteration: 7 was asked for, but .* of step 5"):
+        run_training(
+            config | {"iteration": 7, "save": str(tmp_path / "other")},
+            tmp_path / "third",
+            allows_fp16=True,
+        )
 
 
 def test_a_run_of_ours_goes_on_from_its_own_checkpoint_bit_for_bit(tmp_path: Path):
