@@ -1,11 +1,10 @@
 """``generate.py`` of GPT-NeoX: known, not there yet."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.base.errors import ConfigError
-from megatron.cli.exit_status import run_command
+from megatron.cli.exit_status import end_rank, run_command
 
 
 def main(
@@ -20,4 +19,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_rank(run_command(main))

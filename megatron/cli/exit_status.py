@@ -1,14 +1,16 @@
 """How a command of ours ends: no status 0 after a failure, no traceback for a user's slip."""
 
+import atexit
 import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron.base.errors import MegatronError
 from megatron.engine.termination import Terminated, end_by
 
-__all__ = ["run_command"]
+__all__ = ["end_rank", "run_command"]
 
 _TELLER_ENDS_FIRST_S = 2.0
 
@@ -34,6 +36,19 @@ def run_command(command: Callable[[], None]) -> int:
         print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
         return 1
     return 0
+
+
+def end_rank(status: int) -> NoReturn:
+    """End a rank whose work is over, without taking the interpreter apart.
+
+    Threads of torch's and gloo's live as long as anything holds a process group, which DeepSpeed's
+    modules do to the end. One that lets go of a tensor while the interpreter shuts down aborts the
+    process: seen once, status 134 after a training that was complete.
+    """
+    atexit._run_exitfuncs()  # of wandb and others
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _is_told_here(error: MegatronError) -> bool:

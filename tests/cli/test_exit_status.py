@@ -1,0 +1,37 @@
+"""How a rank ends: at once, with its status, and with nothing left unsaid."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+import atexit
+from megatron.base.errors import ConfigError
+from megatron.cli.exit_status import end_rank, run_command
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+atexit.register(print, "handler ran")
+
+def command():
+    print("worked")
+    if {fails}:
+        raise ConfigError("no")
+
+end_rank(run_command(command))
+"""
+
+
+@pytest.mark.parametrize(("fails", "status"), [(False, 0), (True, 1)])
+def test_a_rank_ends_with_its_status_and_output_but_isnt_taken_apart(fails, status):
+    script = textwrap.dedent(SCRIPT).format(fails=fails)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (status, "worked\nhandler ran\n")
+    assert ("ConfigError: no" in ended.stderr) == fails
