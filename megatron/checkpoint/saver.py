@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.base.errors import CheckpointError, MegatronError
+from megatron.base.errors import CheckpointError, MegatronError, RunDirectoryError
 from megatron.base.write_points import reach
 from megatron.checkpoint.agreement import Gather, all_or_none, require_agreement
 from megatron.checkpoint.free_space import require_free_space
@@ -267,7 +267,17 @@ class Saver:
                 flight.on_commit(manifest)
             except Exception as error:  # noqa: BLE001 - the other ranks wait for this report
                 flight.problem = flight.problem or _described(error)
-        return _Report(is_over, flight.problem, manifest is not None, is_given_up)
+        problem = None if flight.problem is None else self._cause(flight.problem)
+        return _Report(is_over, problem, manifest is not None, is_given_up)
+
+    def _cause(self, problem: str) -> str:
+        """Return what is behind ``problem``: who takes a directory over removes the files there."""
+        try:
+            if self._lease is not None:
+                self._lease.require_held()
+        except (OSError, RunDirectoryError) as error:
+            return str(error)
+        return problem
 
     def _discard(self, flight: "_Flight") -> None:
         if self._rank == 0 and flight.manifest is None:

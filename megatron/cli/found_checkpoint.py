@@ -169,6 +169,7 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
         else numerics_of(writer.topology, writer.geometry, writer.config, writer.environment),
         without_effect=None if writer is None else without_effect_of(writer.config),
         settings=None if writer is None else number_settings(writer.config),
+        foreign_state=_foreign_state(metadata),
     )
 
 
@@ -210,14 +211,17 @@ def _writer(ledger: Ledger, save: Path) -> AttemptFacts | None:
     return facts if facts is not None and facts.run_id == ledger.spans[-1].run_id else None
 
 
+def _foreign_state(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    moments = metadata.get("moments")  # of tools/pythia.py import
+    return (f"Adam's moments are {moments}",) if isinstance(moments, str) else ()
+
+
 def _foreign(config: RunConfig, checkpoint: Path, metadata: Mapping[str, Any]) -> ForeignCheckpoint:
     step = metadata.get("iteration", metadata.get("total_iters", step_of(checkpoint.name)))
     if not isinstance(step, int):
         raise CheckpointError(f"{checkpoint} does not say at which step it was saved")
     assumed: list[str] = []
-    moments = metadata.get("moments")  # of tools/pythia.py import
-    if isinstance(moments, str):
-        assumed.append(f"Adam's moments are {moments}, not the run's: numbers are not exact")
+    assumed += [f"{one}, not the run's: numbers are not exact" for one in _foreign_state(metadata)]
     ranks = metadata.get("dp_world_size")
     if not isinstance(ranks, int):
         ranks = config.topology.data_parallel_size

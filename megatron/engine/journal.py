@@ -49,8 +49,8 @@ class Journal:
         """Record a step. Collective every ``interval`` steps.
 
         Raises:
-            RunDirectoryError: on every rank: the step isn't the lineage's next, or it read other
-                samples than the first time it was done.
+            RunDirectoryError: on every rank, with the lines: it read other samples than the first
+                time it was done. On rank 0 alone: the step isn't the lineage's next.
         """
         if self._recorder is not None:
             self._recorder.step(record)

@@ -141,11 +141,15 @@ class RunSaver:
             if not self._goes_on_without or not all(self._groups.gather(self._saver.may_write())):
                 raise
             saved = self.committed_step
-            newest = "no checkpoint of this launch" if saved is None else f"global_step{saved}"
+            complete = (
+                "none of this launch is complete yet"
+                if saved is None
+                else f"the newest complete one is global_step{saved}"
+            )
             self._say(
                 f"WARNING: A CHECKPOINT FAILED. {error}\n"
-                f"WARNING: training goes on without it (on_save_error: continue); {newest} is the "
-                "newest that is complete. The next save tries again"
+                "WARNING: training goes on without it (on_save_error: continue); "
+                f"{complete}. The next save tries again"
             )
 
     def _rest(self) -> None:

@@ -132,7 +132,7 @@ def assert_goes_on(run: KilledRun, disk: Disk) -> None:
     text = output.read_text()
     assert text.count("WARNING: A CHECKPOINT FAILED") == 1
     assert disk.said in text
-    assert f"global_step{LAST_GOOD} is the newest that is complete" in text
+    assert f"the newest complete one is global_step{LAST_GOOD}" in text
     assert stop_reason(run.save) == "finished"
     assert list_checkpoints(run.save) == [step for step in SAVES if step != FAILING]
     for step in list_checkpoints(run.save):

@@ -86,11 +86,11 @@ def test_shards_train_as_the_one_file_does(whole, tmp_path, capsys, num_shards):
     assert tools_say(tmp_path / "run", capsys) == tools_say(folder, capsys)
 
 
-def required(folder, capsys):
-    """Return the files of the training steps with the first step that needs each."""
+def required(folder, capsys, steps=f"1..{STEPS}"):
+    """Return the files of training steps with the first step that needs each."""
     capsys.readouterr()
     config = str(folder / "my.yml")
-    assert main(["shards", "required-for", f"1..{STEPS}", config, "--json"]) == 0
+    assert main(["shards", "required-for", steps, config, "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     return {Path(one["file"]): one["first_step"] for one in files}
 
@@ -111,6 +111,18 @@ def test_shards_that_no_step_reads_may_be_missing_and_one_that_is_read_is_named(
     assert (
         f"{133 - len(needed)} of 133 token files are missing, none is read up to" in found.printed
     )
+
+    only_first = next(
+        path
+        for path in required(folder, capsys, "1..1")
+        if path not in required(folder, capsys, f"2..{STEPS}")
+    )
+    only_first.rename(tmp_path / "away")
+    assert main(["verify", "--run", str(folder / "save"), "--all"]) == 2
+    said = capsys.readouterr().out
+    assert f"digests    {STEPS - 1} steps" in said
+    assert str(only_first) in said
+    (tmp_path / "away").rename(only_first)
 
     shutil.rmtree(folder / "save")
     late = next(path for path, step in needed.items() if step == STEPS)

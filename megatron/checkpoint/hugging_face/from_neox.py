@@ -17,12 +17,13 @@ import torch
 
 from megatron.base.errors import CheckpointError, ConfigError, MegatronError
 from megatron.checkpoint.hugging_face.architecture import HIDDEN_ACTS, hub_config
+from megatron.checkpoint.hugging_face.converted import Converted
 from megatron.checkpoint.hugging_face.exported_weights import ExportedWeights
 from megatron.checkpoint.hugging_face.model_files import stored_model
-from megatron.checkpoint.hugging_face.new_directory import Converted, new_directory
 from megatron.checkpoint.hugging_face.safetensors_file import write_safetensors
 from megatron.checkpoint.hugging_face.tokenizer_files import copy_to_hub
 from megatron.checkpoint.hugging_face.weight_files import INDEX_SUFFIX, SAFETENSORS
+from megatron.checkpoint.new_directory import new_directory
 from megatron.checkpoint.reshape.streamed_file import StreamedTensor
 from megatron.checkpoint.stored import StoredCheckpoint, layer_file, model_states_file
 from megatron.checkpoint.structure import checksum_problems, structural_problems
@@ -77,7 +78,7 @@ def export_model(checkpoint: Path, destination: Path, settings: ExportSettings) 
         raise ConfigError(f"hidden_act {settings.hidden_act!r} is none of {', '.join(HIDDEN_ACTS)}")
     with (
         reading(checkpoint),
-        new_directory(destination) as directory,
+        new_directory(destination, "convert") as directory,
         _checked_meanwhile(checkpoint),
     ):
         exported = ExportedWeights(

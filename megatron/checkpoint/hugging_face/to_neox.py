@@ -26,11 +26,12 @@ from megatron.checkpoint.hugging_face.architecture import (
     Architecture,
     neox_keys,
 )
+from megatron.checkpoint.hugging_face.converted import Converted
 from megatron.checkpoint.hugging_face.hub_model import HubModel, open_hub_model
 from megatron.checkpoint.hugging_face.model_files import load_model_config
-from megatron.checkpoint.hugging_face.new_directory import Converted, new_directory
 from megatron.checkpoint.hugging_face.tokenizer_files import TOKENIZER_JSON, copy_from_hub
 from megatron.checkpoint.hugging_face.values import ValueWatch
+from megatron.checkpoint.new_directory import new_directory
 from megatron.checkpoint.reshape.streamed_file import write_streamed_file
 from megatron.checkpoint.stored import LEDGER_FILE, layer_file, model_states_file
 from megatron.config.run_config import RunConfig
@@ -88,7 +89,7 @@ def import_model(source: Path, destination: Path, settings: ImportSettings) -> C
     model = open_hub_model(source, bias_multiplicity=multiplicity)
     model.settings.require_divisible(settings.tensor_parallel_size)
     notices = list(_compared(model.architecture, config, source))
-    with new_directory(destination) as temporary:
+    with new_directory(destination, "convert") as temporary:
         tokenizer = copy_from_hub(source, temporary / "tokenizer")
         _require_rows(model.settings, tokenizer, str(source / TOKENIZER_JSON))
         _require_rows(model.settings, *_configured_tokenizer(config))

@@ -11,9 +11,6 @@ hidden directory that says what it is.
 
 import dataclasses
 import json
-import os
-import shutil
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +22,7 @@ import torch
 from megatron.base.atomic_files import fsync_directory, write_atomically
 from megatron.base.errors import CheckpointError
 from megatron.base.file_digests import digest_file
+from megatron.checkpoint.new_directory import new_directory
 from megatron.checkpoint.parameter_state import ParameterStates, open_parameter_states
 from megatron.checkpoint.reshape.for_neox import NeoxWeights
 from megatron.checkpoint.reshape.mapped_pages import MappedPages
@@ -134,24 +132,9 @@ def reshape_checkpoint(source: Path, destination: Path, settings: ReshapeSetting
             cannot be written; nothing is left behind.
         ConfigError: the model cannot be divided so.
     """
-    if destination.exists() or destination.is_symlink():
-        raise CheckpointError(f"{destination} exists already; name a directory that doesn't")
     settings.model.require_divisible(settings.topology.tensor_parallel_size)
-    temporary = destination.parent / f".{destination.name}.reshape-{uuid.uuid4().hex[:12]}"
-    with reading(source):
-        try:
-            temporary.mkdir(parents=True)
-            result = _write(source, temporary, destination, settings)
-            fsync_directory(temporary)
-            os.rename(temporary, destination)
-            fsync_directory(destination.parent)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{destination} could not be written: {error}") from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return result
+    with new_directory(destination, "reshape") as temporary, reading(source):
+        return _write(source, temporary, destination, settings)
 
 
 def _write(source: Path, temporary: Path, destination: Path, settings: ReshapeSettings) -> Reshaped:

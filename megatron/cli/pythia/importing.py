@@ -27,10 +27,10 @@ from megatron.base.atomic_files import fsync_directory, write_atomically
 from megatron.base.errors import CheckpointError
 from megatron.base.file_digests import digest_file
 from megatron.checkpoint.hugging_face.hub_model import open_hub_model
-from megatron.checkpoint.hugging_face.new_directory import new_directory
 from megatron.checkpoint.hugging_face.to_neox import write_layer_files
 from megatron.checkpoint.hugging_face.tokenizer_files import copy_from_hub
 from megatron.checkpoint.hugging_face.values import DTYPES, ValueWatch
+from megatron.checkpoint.new_directory import new_directory
 from megatron.checkpoint.reshape.streamed_file import StreamedTensor, write_streamed_file
 from megatron.checkpoint.stored import LEDGER_FILE, StoredCheckpoint, model_states_file
 from megatron.checkpoint.weights import stored_shape
@@ -120,7 +120,7 @@ def import_step(
     kept: list[Measurements] = []
     findings = require_no_proof(source, model, step, keep=kept.append)
     downloaded = open_downloaded(source, model.settings, iteration=iteration)
-    with new_directory(destination) as temporary:
+    with new_directory(destination, "convert") as temporary:
         directory = temporary / f"global_step{iteration}"
         (directory / "configs").mkdir(parents=True)
         for name, text in model.config.config_files.items():
@@ -171,7 +171,7 @@ def write_start_of_warm_up(
     """
     downloaded = open_downloaded(source, model.settings, iteration=iteration)
     first = iteration - num_steps
-    with new_directory(destination) as temporary:
+    with new_directory(destination, "convert") as temporary:
         directory = temporary / f"global_step{first}"
         (directory / "configs").mkdir(parents=True)
         for name, text in model.config.config_files.items():

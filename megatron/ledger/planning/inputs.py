@@ -120,6 +120,7 @@ class Found:
     numerics: Mapping[str, str | int | float] | None = None  # None: not known
     without_effect: Mapping[str, str | int | float | None] | None = None
     settings: Mapping[str, str | int | float] | None = None
+    foreign_state: tuple[str, ...] = ()  # what of its state isn't the trained run's, in words
 
     @property
     def step(self) -> int:

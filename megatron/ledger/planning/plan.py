@@ -128,7 +128,7 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
             f"{change.name} {change.detail}"
             for change in _differences(found.settings, wanted.settings)
         ),
-        not_restored=_not_restored(wanted),
+        not_restored=(*_not_restored(wanted), *found.foreign_state),
         notices=_notices(wanted, past.step, datasets),
         problems=problems,
         passes=_passes(wanted, streams["train"], past.step),

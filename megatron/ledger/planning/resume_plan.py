@@ -86,7 +86,7 @@ class ResumePlan:
     abandoned: tuple[int, int] | None = None  # steps that a roll-back leaves behind, both included
     numerics: tuple[str, ...] = ()  # differences that change rounding
     settings: tuple[str, ...] = ()  # changed keys that a step computes with
-    not_restored: tuple[str, ...] = ()  # parts of the state, by the keys that say so
+    not_restored: tuple[str, ...] = ()  # parts of the state: keys that say so, or in words
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()  # why the launch is refused
     passes: Mapping[str, float] = field(default_factory=dict)

@@ -182,7 +182,7 @@ class _Recomputation:
         self._data = data
         self._found = found
         self._unreadable: dict[str, _Unreadable] = {}  # by reason
-        self._reasons: dict[str, str] = {}  # by order: it isn't tried again
+        self._unopened: dict[str, str] = {}  # why, by order: it isn't tried again
 
     def check(self, chosen: Sequence[int], on_step: Callable[[int, int], None]) -> None:
         """Check some steps, ascending, and the evaluations after them."""
@@ -281,7 +281,7 @@ class _Recomputation:
             try:
                 tokens, companions = self._read(segment, places)
             except DatasetError as error:
-                reason = self._reasons.setdefault(segment.order_id, str(error))
+                reason = str(error)
                 self._unreadable.setdefault(reason, _Unreadable(reason)).note(stream, of)
                 return None
             total += batch_digest(tokens, places, companions)
@@ -291,10 +291,17 @@ class _Recomputation:
     def _read(
         self, segment: Segment, places: NDArray[np.int64]
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
-        if segment.order_id in self._reasons:
-            raise DatasetError(self._reasons[segment.order_id])
+        if segment.order_id in self._unopened:
+            raise DatasetError(self._unopened[segment.order_id])
+        order = self._run.order(segment)
+        try:
+            self._data.stream(order)
+        except DatasetError as error:
+            self._unopened[segment.order_id] = str(error)
+            raise
+        # Fails for samples in a shard that is missing, which others needn't be.
         offset = segment.first_order_position - segment.first_position
-        return self._data.read(self._run.order(segment), places + offset)
+        return self._data.read(order, places + offset)
 
 
 @dataclass

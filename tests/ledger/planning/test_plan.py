@@ -512,6 +512,10 @@ def test_the_plan_says_how_far_numbers_are_the_same():
     assert numbers({"tensor parallel": 1}) == "bitwise those of an undisturbed run"
     assert numbers({"tensor parallel": 2}) == "equal to rounding (tensor parallel 1 -> 2)"
     assert "no_load_rng" in numbers({}, restores_random_state=False)
+    imported = replace(found, foreign_state=("Adam's moments are zeros",))
+    assert plan_resume(_CONFIG.wanted(), imported).numbers_exactness == (
+        "not those of an undisturbed run (Adam's moments are zeros)"
+    )
     unknown = plan_resume(_CONFIG.wanted(), found_after(7))
     assert "are not known" in unknown.numbers_exactness
 

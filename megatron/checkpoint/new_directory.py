@@ -5,37 +5,30 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.base.atomic_files import fsync_directory
 from megatron.base.errors import CheckpointError
 
-__all__ = ["Converted", "new_directory"]
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was written."""
-
-    path: Path
-    num_files: int
-    num_bytes: int
-    notices: tuple[str, ...]  # what a user should know
+__all__ = ["new_directory"]
 
 
 @contextlib.contextmanager
-def new_directory(destination: Path) -> Iterator[Path]:
+def new_directory(destination: Path, work: str) -> Iterator[Path]:
     """Yield a hidden directory beside ``destination`` that becomes it if nothing is raised.
 
-    A kill leaves it behind under its hidden name, which says what it is.
+    A kill leaves it behind under its hidden name, ``.NAME.WORK-…``, which says what it is.
+
+    Args:
+        destination: must not exist.
+        work: what is done there, in a word.
 
     Raises:
         CheckpointError: there is something already, or the disk refused.
     """
     if destination.exists() or destination.is_symlink():
         raise CheckpointError(f"{destination} exists already; name a directory that doesn't")
-    temporary = destination.parent / f".{destination.name}.convert-{uuid.uuid4().hex[:12]}"
+    temporary = destination.parent / f".{destination.name}.{work}-{uuid.uuid4().hex[:12]}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
