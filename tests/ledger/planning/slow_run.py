@@ -129,6 +129,8 @@ class SlowRun:
 def _next_draw(memory: _Memory) -> str:
     """Draw the dataset that lags furthest behind its share of the draws so far."""
     datasets, shares = memory.config.datasets, memory.config.shares
+    total = sum(shares)  # the draw divides once more, which may change the last bit and a tie
+    shares = [share / total for share in shares]
     number = max(len(memory.draws), 1.0)
     lags = [
         share * number - memory.draws.count(dataset)

@@ -85,7 +85,13 @@ def component_sample(order: OrderDescription, component: ComponentDescription, i
 
 @lru_cache(maxsize=256)
 def slow_draws(weights, count):
-    """Return the component of each of the first ``count`` draws."""
+    """Return the component of each of the first ``count`` draws.
+
+    The draw divides by the sum itself, also of weights that were normalised before (spec/data.md
+    §11): the last bit may change, and with it a tie.
+    """
+    total = sum(weights)
+    weights = [weight / total for weight in weights]
     taken = [0] * len(weights)
     draws = []
     for number in range(count):
