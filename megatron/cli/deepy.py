@@ -119,7 +119,7 @@ def _print_arguments(config: RunConfig) -> None:
         text = str(value)
         if len(text) > _VALUE_WIDTH:
             text = text[: _VALUE_WIDTH - 3] + "..."
-        origin = config.origins[name].origin if name in config.origins else "worked out"
+        origin = config.origin(name) if name in config.origins else "worked out"
         origin = "command line" if origin == "override" else origin
         lines.append(f"  {name + ' ':.<40} {text}  ({origin})")
     _print("\n".join(lines))

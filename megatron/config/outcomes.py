@@ -40,6 +40,7 @@ def check_launch(config: RunConfig) -> list[str]:
         elif outcome.kind is OutcomeKind.SAME_NUMBERS:
             notices.append(f"{config.say(name)} leaves the numbers alone: {outcome.text}")
     notices += _overwritten(config)
+    notices += _elastic_batch(config)
     if problems:
         raise ConfigError(*problems)
     return notices
@@ -82,6 +83,25 @@ def _overwritten(config: RunConfig) -> list[str]:
                 f"it is always worked out, as {_short(value)}"
             )
     return notices
+
+
+def _elastic_batch(config: RunConfig) -> list[str]:
+    if not config.ledger.elastic_batch:
+        return []
+    geometry = config.geometry
+    text = (
+        f"elastic_batch: {geometry.global_batch_size} samples per step = micro batch "
+        f"{geometry.micro_batch_size} x gradient accumulation "
+        f"{geometry.gradient_accumulation_steps} x {geometry.data_parallel_size} data-parallel "
+        "ranks"
+    )
+    written = config.origins.get("train_micro_batch_size_per_gpu")
+    if written is not None:
+        text += f"; a rank takes at most {written.value} at a time ({written.origin})"
+    written = config.origins.get("gradient_accumulation_steps")
+    if written is not None and written.value not in (None, geometry.gradient_accumulation_steps):
+        text += f"; {written.spelling}={written.value} ({written.origin}) has no effect"
+    return [text]
 
 
 def _missing_for_training(config: RunConfig) -> list[str]:

@@ -28,6 +28,9 @@ from megatron.config.yaml_files import Written
 
 __all__ = ["RunConfig", "build_run_config"]
 
+# of these the written value is a limit, or nothing at all
+_ELASTIC = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -88,11 +91,19 @@ class RunConfig:
         """Return DeepSpeed's keys that differ from NeoX's default: what NeoX forwards."""
         return self.non_default("deepspeed")
 
+    def origin(self, name: str) -> str:
+        """Return the file a key's value was written in, or what else it is from."""
+        written = self.origins.get(name)
+        if written is None:
+            return "default"
+        if self.ledger.elastic_batch and name in _ELASTIC and written.value != self.get(name):
+            return "elastic_batch"
+        return written.origin
+
     def say(self, name: str) -> str:
         """Return ``name=value (where it was written)`` for a message."""
-        origin = self.origins[name].origin if name in self.origins else "default"
         text = str(self.get(name))
-        return f"{name}={text if len(text) <= 60 else text[:57] + '...'} ({origin})"
+        return f"{name}={text if len(text) <= 60 else text[:57] + '...'} ({self.origin(name)})"
 
 
 def build_run_config(

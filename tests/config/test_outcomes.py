@@ -132,8 +132,11 @@ def test_what_is_not_supported_yet_stops_the_launch_and_says_what_to_do(values, 
 
 
 def test_a_refused_key_of_ours_is_not_said_to_be_neox_s():
-    with pytest.raises(ConfigError, match=r"^override: not supported here yet: elastic_batch=True"):
-        notices(elastic_batch=True)
+    message = (
+        r"^override: not supported here yet: neox_version=v1.0 \(NeoX v1.0 had no ZeRO stage 3"
+    )
+    with pytest.raises(ConfigError, match=message):
+        notices(neox_version="v1.0", zero_optimization={"stage": 3})
 
 
 @pytest.mark.parametrize(

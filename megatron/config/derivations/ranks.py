@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.base.errors import ConfigError
+from megatron.config.derivations.elastic import nearest_rank_counts
 from megatron.config.draft import Draft, reads
 
 __all__ = ["default_hostfile", "parallelism_derivation"]
@@ -62,11 +63,10 @@ def _divide(draft: Draft, ranks: int, source: str) -> dict[str, Any]:
             "lower one of them, or raise num_gpus or the hostfile's slots"
         )
     if ranks % replica:
-        below = ranks // replica * replica
+        nearest = " or ".join(map(str, _nearest(draft, ranks, replica)))
         raise ConfigError(
             f"{ranks} ranks ({source}) can't be divided by {product} = {replica}: the "
-            "data-parallel size must be a whole number; "
-            f"nearest: {below} or {below + replica} ranks"
+            f"data-parallel size must be a whole number; nearest: {nearest} ranks"
         )
     return {
         "global_num_gpus": ranks,
@@ -74,6 +74,15 @@ def _divide(draft: Draft, ranks: int, source: str) -> dict[str, Any]:
         "pipe_parallel_size": pipe_parallel_size,
         "is_pipe_parallel": pipe_parallel_size >= 1,
     }
+
+
+def _nearest(draft: Draft, ranks: int, replica: int) -> tuple[int, ...]:
+    """Return the nearest numbers of ranks that work."""
+    total = draft["train_batch_size"]
+    if draft["elastic_batch"] and isinstance(total, int):
+        return nearest_rank_counts(total, ranks, ranks_per_replica=replica)
+    below = ranks // replica * replica
+    return below, below + replica
 
 
 def _count_slots(

@@ -31,9 +31,10 @@ class Ledger:
     """Whether a checkpoint that can't be written ends the run. ``continue``: say so, keep the
     checkpoints there are, and try again at the next save."""
 
-    elastic_batch: bool = key(False, outcome=refused("set the batch sizes by hand"))
-    """Solve micro batch and gradient accumulation for a fixed ``train_batch_size`` at any
-    data-parallel size."""
+    elastic_batch: bool = key(False, outcome=WORKS)
+    """Keep ``train_batch_size`` at any number of ranks: micro batch and gradient accumulation are
+    worked out from it. The micro batch is at most ``train_micro_batch_size_per_gpu``; both have to
+    be set."""
 
     hang_timeout: float | None = key(
         None, unit="seconds", minimum=0, outcome=refused("leave it out")
