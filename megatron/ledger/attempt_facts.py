@@ -67,6 +67,7 @@ class Stop:
     time: float  # seconds since the epoch
     step: int  # the last one recorded
     chain: str  # of the last line
+    done_step: int | None = None  # the last one done, also if it has no line; None: not told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class AttemptFacts:
     instruction: Instruction | None = None
     obeyed: bool = False
     committed: tuple[CommittedCheckpoint, ...] = ()  # oldest first
+    startup_s: Mapping[str, float] = field(default_factory=dict)  # by phase, once a step is done
     stop: Stop | None = None
 
     @property
@@ -139,6 +141,7 @@ def write_attempt_facts(save: Path, facts: AttemptFacts) -> None:
         "instruction": None if facts.instruction is None else asdict(facts.instruction),
         "obeyed": facts.obeyed,
         "committed": [asdict(one) for one in facts.committed],
+        "startup_s": {phase: round(spent, 3) for phase, spent in facts.startup_s.items()},
         "stop": None if facts.stop is None else asdict(facts.stop),
         "begin": ledger_to_json(facts.begin),
         "config": dict(facts.config),
@@ -226,5 +229,6 @@ def _from_json(values: Mapping[str, Any]) -> AttemptFacts:
         instruction=None if instruction is None else Instruction(**instruction),
         obeyed=values["obeyed"],
         committed=tuple(CommittedCheckpoint(**one) for one in values["committed"]),
+        startup_s=values.get("startup_s", {}),  # not kept by earlier releases
         stop=None if stop is None else Stop(**stop),
     )

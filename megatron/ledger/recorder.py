@@ -5,6 +5,7 @@ and before each checkpoint; so recording costs no collective of its own.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -63,6 +64,7 @@ class Recorder:
         self._save = save
         self._facts = _with_own_instruction(claim_attempt(save, facts))
         write_attempt_facts(save, self._facts)
+        self._updating = threading.Lock()
         self._warn = warn
         self._clock = clock
         self._log = AttemptLog(save, self._facts.number)
@@ -206,7 +208,11 @@ class Recorder:
     def committed(self, ledger: Ledger, sequence: int | None = None) -> None:
         """Note that the checkpoint with ``ledger`` is published, as which commit of ``save``."""
         checkpoint = CommittedCheckpoint(step=ledger.step, chain=ledger.chain, sequence=sequence)
-        self._update(replace(self._facts, committed=(*self._facts.committed, checkpoint)))
+        self._update(lambda facts: replace(facts, committed=(*facts.committed, checkpoint)))
+
+    def started(self, startup_s: Mapping[str, float]) -> None:
+        """Note how long the launch took to its first step, by phase."""
+        self._update(lambda facts: replace(facts, startup_s=startup_s))
 
     def close(self, reason: str) -> None:
         """Note why the attempt stops; pending lines without digests stay unrecorded.
@@ -219,9 +225,13 @@ class Recorder:
         finally:
             self._log.close()
             stop = Stop(
-                reason=reason, time=self._clock(), step=self._recorded_step, chain=self._chain
+                reason=reason,
+                time=self._clock(),
+                step=self._recorded_step,
+                chain=self._chain,
+                done_step=self._taken_step,
             )
-            self._update(replace(self._facts, stop=stop))
+            self._update(lambda facts: replace(facts, stop=stop))
 
     def _spans(self) -> tuple[Span, ...]:
         begin = self._facts.begin
@@ -247,9 +257,11 @@ class Recorder:
         cursors = component_cursors(name, segment.order_position(position))
         return replace(state, next_position=position, cursors={**state.cursors, **cursors})
 
-    def _update(self, facts: AttemptFacts) -> None:
-        write_attempt_facts(self._save, facts)
-        self._facts = facts
+    def _update(self, change: Callable[[AttemptFacts], AttemptFacts]) -> None:
+        with self._updating:  # a checkpoint is published by the thread that wrote it
+            facts = change(self._facts)
+            write_attempt_facts(self._save, facts)
+            self._facts = facts
 
 
 def _with_own_instruction(facts: AttemptFacts) -> AttemptFacts:

@@ -184,7 +184,7 @@ def test_facts_tell_how_an_attempt_began_and_ended(tmp_path):
     [facts] = read_all_attempt_facts(tmp_path / "run")
     assert (facts.number, facts.loaded, facts.environment) == (1, loaded, {"host": "h"})
     assert facts.committed == (CommittedCheckpoint(step=4, chain=ledger.chain),)
-    assert facts.stop == Stop(reason="finished", time=2e9, step=4, chain=ledger.chain)
+    assert facts.stop == Stop(reason="finished", time=2e9, step=4, chain=ledger.chain, done_step=4)
     assert [is_finished(facts, train_iters) for train_iters in (4, 5)] == [True, False]
     [instructed] = instructed_attempts([facts])
     assert (instructed.obeyed, instructed.committed_steps) == (True, [4])

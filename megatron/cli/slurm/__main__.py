@@ -1,0 +1,7 @@
+"""``python -m megatron.cli.slurm``: neox-slurm where no console script is installed."""
+
+import sys
+
+from megatron.cli.slurm.main import main
+
+sys.exit(main())
