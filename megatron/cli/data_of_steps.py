@@ -69,7 +69,7 @@ def read_config(paths: Sequence[Path], *, world_size: int | None) -> RunConfig:
     """
     return load_config(
         [path if path.suffix or path.exists() else path.with_suffix(".yml") for path in paths],
-        {} if world_size is None else {"num_gpus": world_size},
+        {} if world_size is None else {"global_num_gpus": world_size},
         local_slots=_local_slots,
     )
 

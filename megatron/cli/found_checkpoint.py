@@ -12,6 +12,7 @@ from megatron.cli.number_settings import number_settings
 from megatron.cli.wanted_launch import (
     DescribedData,
     described_data,
+    division_of,
     learning_rates,
     numerics_of,
     tokenizer_identity,
@@ -167,6 +168,7 @@ def found_checkpoint(config: RunConfig, source: Source) -> Found | None:
         numerics=None
         if writer is None
         else numerics_of(writer.topology, writer.geometry, writer.config, writer.environment),
+        division=None if writer is None else division_of(writer.geometry),
         without_effect=None if writer is None else without_effect_of(writer.config),
         settings=None if writer is None else number_settings(writer.config),
         foreign_state=_foreign_state(metadata),

@@ -26,6 +26,7 @@ from megatron.stream.stream_settings import DatasetFiles, StreamSettings, identi
 __all__ = [
     "DescribedData",
     "described_data",
+    "division_of",
     "learning_rates",
     "numerics_of",
     "requested_counts",
@@ -84,6 +85,7 @@ def wanted_launch(
         train_iters=data.train_iters,
         eval_interval=training.eval_interval or None,
         eval_iters=training.eval_iters,
+        division=division_of(config.geometry) if ledger.elastic_batch else None,
         tokenizer=tokenizer_identity(
             config.tokenizer.tokenizer_type, training.vocab_file, training.merge_file
         ),
@@ -197,8 +199,9 @@ def numerics_of(
         environment: as attempts record it; what it lacks isn't compared.
     """
     zero = flat.get("zero_optimization") or {}
+    stages = topology.pipeline_parallel_size if topology.uses_pipeline_engine else 0
     values: dict[str, str | int | float] = {
-        "pipe_parallel_size": topology.pipeline_parallel_size,
+        "pipe_parallel_size": stages,
         "model_parallel_size": topology.tensor_parallel_size,
         "data-parallel ranks": topology.data_parallel_size,
         "train_micro_batch_size_per_gpu": geometry.micro_batch_size,
@@ -210,6 +213,15 @@ def numerics_of(
     names = {"num_threads": "threads", "cpu": "CPU type", "device": "device"}
     values |= {names[name]: environment[name] for name in names if environment.get(name)}
     return values
+
+
+def division_of(geometry: BatchGeometry) -> tuple[int, int, int]:
+    """Return micro batch, accumulation and data-parallel ranks."""
+    return (
+        geometry.micro_batch_size,
+        geometry.gradient_accumulation_steps,
+        geometry.data_parallel_size,
+    )
 
 
 def without_effect_of(flat: Mapping[str, Any]) -> dict[str, Any]:

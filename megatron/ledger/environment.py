@@ -36,6 +36,7 @@ _KEYS_WITHOUT_NUMBERS = {
     *("async_save", "on_save_error", "checkpoint_validation_with_forward_pass"),
     # how long a run goes on, and what it evaluates
     *("exit_interval", "exit_duration_in_mins", "hang_timeout", "eval_interval", "eval_iters"),
+    "elastic_batch",  # the sizes that it leads to count
     *("char_level_ppl", "do_train", "do_valid", "do_test", "eval_tasks"),
     # data: the order of a line's segment says what was read, whatever the files are called
     *("data_path", "train_data_paths", "valid_data_paths", "test_data_paths", "split"),

@@ -10,6 +10,7 @@ import yaml
 
 from megatron.cli.ledger.main import main
 from megatron.cli.resume_plan import plan_launch
+from megatron.cli.wanted_launch import numerics_of
 from megatron.config.load import load_config
 from tests.architecture.source_tree import ROOT
 from tests.cli_ledger.test_start import HEAVY
@@ -125,6 +126,33 @@ def test_more_ranks_can_be_named_on_a_login_node(write_config, capsys):
     assert "32 samples per step" in out
 
 
+def test_an_elastic_batch_at_another_number_of_ranks(write_config, capsys):
+    path = write_config(
+        num_gpus=None,
+        elastic_batch=True,
+        train_batch_size=12,
+        train_micro_batch_size_per_gpu=2,
+        gradient_accumulation_steps=2,
+    )
+    status, out, err = explained(path, capsys, "--world-size", "4")
+    assert status == 0
+    assert "12 samples per step" in out
+    assert (
+        "elastic_batch: 12 samples = micro batch 1 x accumulation 3 x 4 data-parallel ranks" in out
+    )
+    assert "a rank takes at most 2 at a time (my.yml)" in err
+    status, _, err = explained(path, capsys, "--world-size", "5")
+    assert status == 1
+    assert "elastic_batch works with 4 or 6 ranks" in err
+
+
+def test_ranks_named_on_a_login_node_win_over_a_host_file(write_config, tmp_path, capsys):
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    path = write_config(num_gpus=None, hostfile=str(tmp_path / "hosts"))
+    _, out, _ = explained(path, capsys, "--world-size", "8")
+    assert "64 samples per step" in out
+
+
 def test_the_five_lines_of_the_launcher_are_the_first_ones(write_config, capsys):
     path = write_config()
     _, out, _ = explained(path, capsys)
@@ -145,3 +173,14 @@ def test_planning_loads_no_torch(write_config):
     )
     modules = set(done.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", "))
     assert modules & (HEAVY - {"yaml"}) == set()
+
+
+def test_one_stage_with_and_without_the_pipeline_engine_are_told_apart(write_config):
+    stages = [
+        numerics_of(config.topology, config.geometry, config.flat(), {})["pipe_parallel_size"]
+        for config in (
+            load_config([write_config(pipe_parallel_size=size)], local_slots=lambda: 1)
+            for size in (0, 1)
+        )
+    ]
+    assert stages == [0, 1]

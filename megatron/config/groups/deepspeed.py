@@ -168,7 +168,7 @@ class DeepspeedConfig:
     lets a boolean through, which DeepSpeed can't use.)"""
 
     autotuning: dict[str, Any] | None = key(
-        None, tier=3, outcome=_judge_when_on("use elastic_batch, which keeps train_batch_size")
+        None, tier=3, outcome=_judge_when_on("set the batch sizes by hand")
     )
     """DeepSpeed's autotuner. With it a value may be ``auto``."""
 

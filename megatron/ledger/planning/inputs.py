@@ -63,6 +63,8 @@ class Wanted:
     train_iters: int
     eval_interval: int | None  # None: no evaluations between steps
     eval_iters: int
+    division: tuple[int, int, int] | None = None
+    """Under elastic_batch, how the batch is divided: micro batch, accumulation, ranks."""
     tokenizer: TokenizerIdentity | None = None
     accept_data_change: frozenset[str] = frozenset()
     finetune: bool = False
@@ -118,6 +120,7 @@ class Found:
     learning_rates: LearningRates | None = None
     optimizer_steps: int | None = None  # the schedule's count: steps without overflows
     numerics: Mapping[str, str | int | float] | None = None  # None: not known
+    division: tuple[int, int, int] | None = None  # as in Wanted; None: not known
     without_effect: Mapping[str, str | int | float | None] | None = None
     settings: Mapping[str, str | int | float] | None = None
     foreign_state: tuple[str, ...] = ()  # what of its state isn't the trained run's, in words

@@ -77,7 +77,7 @@ def _plan_new(wanted: Wanted, found: Found | None) -> ResumePlan:
         orders=_orders(streams, {}),
         datasets=wanted.datasets,
         evaluates_first=False,
-        notices=_notices(wanted, 0, wanted.datasets),
+        notices=_notices(wanted, None, 0, wanted.datasets),
         problems=(misnamed,) if misnamed else (),
         passes=_passes(wanted, streams["train"], 0),
     )
@@ -129,7 +129,7 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
             for change in _differences(found.settings, wanted.settings)
         ),
         not_restored=(*_not_restored(wanted), *found.foreign_state),
-        notices=_notices(wanted, past.step, datasets),
+        notices=_notices(wanted, found, past.step, datasets),
         problems=problems,
         passes=_passes(wanted, streams["train"], past.step),
     )
@@ -244,8 +244,13 @@ def _not_restored(wanted: Wanted) -> tuple[str, ...]:
     return tuple(key for key, is_restored in keys.items() if not is_restored)
 
 
-def _notices(wanted: Wanted, step: int, datasets: Mapping[str, DatasetNote]) -> tuple[str, ...]:
+def _notices(
+    wanted: Wanted, found: Found | None, step: int, datasets: Mapping[str, DatasetNote]
+) -> tuple[str, ...]:
     notices = []
+    if wanted.division is not None:
+        before = None if found is None else found.division
+        notices.append(_divided(wanted.train_batch_size, wanted.division, before))
     if not wanted.is_recorded:
         notices.append("nothing is recorded: save is not set")
     if wanted.train_iters <= step:
@@ -260,6 +265,17 @@ def _notices(wanted: Wanted, step: int, datasets: Mapping[str, DatasetNote]) -> 
     if partial:
         notices.append(f"known by the index and the token files there: {', '.join(partial)}")
     return (*notices, *wanted.notices)
+
+
+def _divided(batch: int, now: tuple[int, int, int], before: tuple[int, int, int] | None) -> str:
+    micro, accumulation, ranks = now
+    text = (
+        f"elastic_batch: {batch} samples = micro batch {micro} x accumulation {accumulation} x "
+        f"{ranks} data-parallel ranks"
+    )
+    if before in (None, now):
+        return text
+    return f"{text} (was {' x '.join(map(str, before or ()))})"
 
 
 def _passes(wanted: Wanted, train: StreamPlan, step: int) -> dict[str, float]:

@@ -520,6 +520,22 @@ def test_the_plan_says_how_far_numbers_are_the_same():
     assert "are not known" in unknown.numbers_exactness
 
 
+def test_an_elastic_batch_is_told_with_what_it_was_divided_into():
+    found = replace(found_after(7), division=(2, 1, 2))
+    assert _CONFIG.wanted().division is None
+
+    def notices(found, division):
+        plan = plan_resume(_CONFIG.wanted(division=division), found)
+        assert plan.kind in ("new", "continue")
+        return plan.notices
+
+    kept = "elastic_batch: 4 samples = micro batch {} x accumulation {} x {} data-parallel ranks"
+    assert kept.format(1, 1, 4) + " (was 2 x 1 x 2)" in notices(found, (1, 1, 4))
+    assert kept.format(2, 1, 2) in notices(found, (2, 1, 2))
+    assert kept.format(1, 1, 4) in notices(found_after(7), (1, 1, 4))
+    assert kept.format(1, 1, 4) in notices(None, (1, 1, 4))
+
+
 def test_changed_settings_of_a_step_are_named_and_nothing_is_called_equal():
     found = replace(found_after(7), numerics={}, settings={"rotary_pct": 0.25, "warmup": 0.01})
     plan = plan_resume(_CONFIG.wanted(settings={"rotary_pct": 1.0, "warmup": 0.01}), found)
