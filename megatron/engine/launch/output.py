@@ -63,6 +63,10 @@ class StderrTail:
             text = f"... {left_out} lines left out, see above ...\n{text}"
         return text if not text or text.endswith("\n") else text + "\n"
 
+    def lines(self) -> list[str]:
+        """Return what is remembered, oldest first, without line ends."""
+        return [line.decode(errors="replace").rstrip("\r\n") for line in self._lines]
+
 
 class OutputPipe:
     """The reading end of one rank's output, passed on to one of our descriptors."""
@@ -90,6 +94,13 @@ class OutputPipe:
         if self._is_marked or len(self._partial) == self._num_shown:
             return None
         return self._partial_at + _PROMPT_AFTER_S
+
+    def mark(self) -> None:
+        """From now on put the rank before each line, of rank 0 too."""
+        if not self._is_marked and self._num_shown:
+            write_all(self._target, b"\n")  # the beginning of a line is out already
+            self._partial, self._num_shown = self._partial[self._num_shown :], 0
+        self._is_marked = True
 
     def show_prompt(self) -> None:
         """Pass on the beginning of a line that is likely to have no end soon."""
