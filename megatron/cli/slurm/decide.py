@@ -7,17 +7,19 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.base.errors import MegatronError
 from megatron.base.exit_codes import FAILED, FINISHED, STOPPED
-from megatron.cli.slurm.batches import Batch, batch_of_step
 from megatron.cli.slurm.queue import submit_time
 from megatron.cli.slurm.situation import Job, Situation, read_run_keys
 from megatron.cli.slurm.verdict import Verdict, verdict
 from megatron.config.command_line import parse_command_line
 from megatron.ledger.launches_file import EndedLaunch, append_launch
 from megatron.ledger.queries.advance import AttemptAdvance
+
+if TYPE_CHECKING:
+    from megatron.cli.slurm.batches import Batch
 
 __all__ = ["EXIT_STATUS", "add_options", "run"]
 
@@ -116,11 +118,14 @@ def _note(situation: Situation, decision: Verdict) -> None:
         sys.stderr.write(f"neox-slurm: {save}: the verdict could not be noted: {error}\n")
 
 
-def _batches(situation: Situation, decision: Verdict) -> list[Batch]:
+def _batches(situation: Situation, decision: Verdict) -> "list[Batch]":
     """Return the batch of each step that a run given up has died in, each once."""
     save = situation.keys.save
     if decision.action != "stop" or save is None:
         return []
+    # Opening data takes longer than all the rest, and most launches end well.
+    from megatron.cli.slurm.batches import Batch, batch_of_step
+
     found: dict[int, Batch] = {}
     for attempt in decision.stalled:
         died_in = attempt.died_in
@@ -132,8 +137,10 @@ def _batches(situation: Situation, decision: Verdict) -> list[Batch]:
     return list(found.values())
 
 
-def _lines(situation: Situation, decision: Verdict, batches: Sequence[Batch]) -> Iterator[str]:
-    yield f"neox-slurm: {decision.action}: {decision.reason}"
+def _lines(situation: Situation, decision: Verdict, batches: "Sequence[Batch]") -> Iterator[str]:
+    is_first = situation.status is None and decision.action == "requeue"
+    action = "launch" if is_first else decision.action
+    yield f"neox-slurm: {action}: {decision.reason}"
     if decision.action != "stop" or not decision.stalled:
         return
     for attempt in decision.stalled:
@@ -166,7 +173,7 @@ def _attempt_line(attempt: AttemptAdvance) -> str:
     return ", ".join(parts)
 
 
-def _as_json(situation: Situation, decision: Verdict, batches: Sequence[Batch]) -> dict[str, Any]:
+def _as_json(situation: Situation, decision: Verdict, batches: "Sequence[Batch]") -> dict[str, Any]:
     newest, keys = situation.newest, situation.keys
     return {
         "format": _JSON_FORMAT,
