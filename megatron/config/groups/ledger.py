@@ -36,10 +36,11 @@ class Ledger:
     worked out from it. The micro batch is at most ``train_micro_batch_size_per_gpu``; both have to
     be set."""
 
-    hang_timeout: float | None = key(
-        None, unit="seconds", minimum=0, outcome=refused("leave it out")
-    )
-    """End the job when a step takes longer than this. Unset: worked out from measured steps."""
+    hang_timeout: float | None = key(None, unit="seconds", minimum=0, outcome=WORKS)
+    """End the job, with every rank's stacks, when a rank takes longer than this for a step or for a
+    batch of an evaluation. Unset: 20 times the slowest of the last steps, at least 2 minutes. A
+    launch's first step, saves and loading have limits of their own, of half an hour to hours, but
+    not less than this. 0: never."""
 
     exit_duration_in_mins: float | None = key(
         None, unit="minutes", minimum=0, outcome=refused("use train_iters or exit_interval")
