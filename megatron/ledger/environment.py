@@ -14,7 +14,13 @@ from typing import Any
 from megatron.config.registry import keys
 from megatron.config.topology import Topology
 
-__all__ = ["describe_environment", "numerics_hash"]
+__all__ = ["LAUNCH", "LAUNCH_VARIABLE", "describe_environment", "numerics_hash"]
+
+LAUNCH = "launch"
+"""Key under which the environment of an attempt names the launch that made it."""
+
+LAUNCH_VARIABLE = "NEOX_LAUNCH_ID"
+"""Environment variable that tells ranks which launch they belong to."""
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "tokenizers", "xxhash", "neox-ledger")
 _JOB_VARIABLES = (
@@ -77,6 +83,7 @@ def describe_environment(
         "git_commit": git_commit,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        LAUNCH: environ.get(LAUNCH_VARIABLE),
         "job": {name: environ[name] for name in _JOB_VARIABLES if name in environ},
         "cpu": _cpu_model(),
         "device": device,
