@@ -14,7 +14,7 @@ BENCHMARKS := $(wildcard $(addprefix benchmarks/,index_maps.py loader.py step_ti
 PROSE := README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-apex demo test test-fast test-matrix test-kill check format docs bench clean
+.PHONY: help setup setup-apex demo test test-fast test-matrix test-kill test-cluster check format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,13 +42,16 @@ test: $(STAMP) ## unit, property, golden, multi-process and launcher tests
 	$(PYTEST)
 
 test-fast: $(STAMP) ## what needs neither ranks nor a launcher
-	$(PYTEST) -m 'not distributed and not launcher and not matrix and not kill'
+	$(PYTEST) -m 'not distributed and not launcher and not matrix and not kill and not cluster and not cluster_ci'
 
 test-matrix: $(STAMP) ## the long matrices that `make test` samples
 	$(PYTEST) -m matrix
 
 test-kill: $(STAMP) ## kill runs at every instant of a save, and compare
 	$(PYTEST) -m kill
+
+test-cluster: $(STAMP) ## preempt, cut off and kill jobs on a SLURM test-bed (root; 30 min)
+	$(PYTEST) -m 'cluster or cluster_ci' -v tests/cluster
 
 check: $(STAMP) ## format, lint, types, spelling
 	$(BIN)/ruff format --check .

@@ -1,0 +1,29 @@
+"""``train.py``, made slow enough to be hit: every step is followed by a pause.
+
+The pause, in seconds, is what the file ``pause`` beside the run's ``save`` says at that moment.
+"""
+
+import functools
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _train_slowly(train: Any, config: Any, environment: Any) -> Any:
+    pause = Path(config.training.save).parent / "pause"
+    return train(config, environment, on_loss=lambda loss: time.sleep(float(pause.read_text())))
+
+
+def main() -> None:
+    """Run the real train.py with a slower ``train``."""
+    import megatron.cli.train as command  # takes seconds, which tests needn't wait for
+
+    command.train = functools.partial(_train_slowly, command.train)
+    runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
