@@ -45,6 +45,11 @@ class Journal:
         self._component_cursors = component_cursors
         self._waiting = 0
 
+    def started(self, startup_s: Mapping[str, float]) -> None:
+        """Note on rank 0 how long the launch took to its first step, by phase."""
+        if self._recorder is not None:
+            self._recorder.started(startup_s)
+
     def step(self, record: StepRecord) -> None:
         """Record a step. Collective every ``interval`` steps.
 

@@ -212,7 +212,10 @@ class Recorder:
 
     def started(self, startup_s: Mapping[str, float]) -> None:
         """Note how long the launch took to its first step, by phase."""
-        self._update(lambda facts: replace(facts, startup_s=startup_s))
+        try:
+            self._update(lambda facts: replace(facts, startup_s=startup_s))
+        except OSError as error:  # not worth the launch
+            self._warn(f"how long the start-up took is not on record: {error}")
 
     def close(self, reason: str) -> None:
         """Note why the attempt stops; pending lines without digests stay unrecorded.

@@ -1,5 +1,6 @@
 """The recorder: lines wait for their digests, ledgers cover exactly what was written."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from megatron.ledger.attempt_facts import (
     CommittedCheckpoint,
     LoadedCheckpoint,
     Stop,
+    attempt_facts_path,
     instructed_attempts,
     is_finished,
     read_all_attempt_facts,
@@ -188,6 +190,38 @@ def test_facts_tell_how_an_attempt_began_and_ended(tmp_path):
     assert [is_finished(facts, train_iters) for train_iters in (4, 5)] == [True, False]
     [instructed] = instructed_attempts([facts])
     assert (instructed.obeyed, instructed.committed_steps) == (True, [4])
+
+
+def test_start_up_times_are_on_record_and_may_be_missing(tmp_path):
+    save = tmp_path / "run"
+    run = TestRun.start(save)
+    assert read_attempt_facts(save, 1).startup_s == {}
+    run.recorder.started({"imports": 5.25, "connect": 0.5})
+    run.steps(1, 4)
+    run.save_checkpoint()
+    facts = read_attempt_facts(save, 1)
+    assert facts.startup_s == {"imports": 5.25, "connect": 0.5}
+    assert [one.step for one in facts.committed] == [4]
+    path = attempt_facts_path(save, 1)
+    values = json.loads(path.read_text())
+    del values["startup_s"]  # as earlier releases wrote it
+    path.write_text(json.dumps(values))
+    assert read_attempt_facts(save, 1) == replace(facts, startup_s={})
+
+
+def test_a_launch_goes_on_if_its_start_up_times_cannot_be_written(tmp_path, monkeypatch):
+    run = TestRun.start(tmp_path / "run")
+
+    def full_disk(save, facts):
+        raise OSError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron.ledger.recorder.write_attempt_facts", full_disk)
+        run.recorder.started({"imports": 5.25})
+    assert "not on record: no space" in run.warnings[0]
+    run.steps(1, 4)
+    run.recorder.close("finished")
+    assert read_attempt_facts(tmp_path / "run", 1).stop is not None
 
 
 def test_a_run_that_was_stopped_is_not_finished(tmp_path):
