@@ -6,21 +6,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from megatron.base.errors import ConfigError, MegatronError
+from megatron.base.exit_codes import CANNOT_LAUNCH
 from megatron.config.command_line import parse_command_line
 from megatron.config.load import load_config
 from megatron.config.outcomes import check_launch
 from megatron.config.run_config import RunConfig
 from megatron.config.transport import encode_config, spilled_files
 from megatron.engine.launch.agent import GraceTimes, run_ranks
-from megatron.engine.launch.deepspeed_runner import run_deepspeed, runner_arguments
 from megatron.engine.launch.devices import local_slots
+from megatron.engine.launch.head import Job
 from megatron.engine.launch.hosts import Hosts, choose_hosts, is_this_machine
+from megatron.engine.launch.job_file import JobSecrets
+from megatron.engine.launch.multi_node import launch_on_hosts
 from megatron.engine.launch.placement import NodePlacement, rank_environment, usable_cores
 from megatron.engine.launch.port import reserve_port
+from megatron.engine.launch.travelling import travelling_environment
 
-__all__ = ["CANNOT_LAUNCH", "main"]
+__all__ = ["main"]
 
-CANNOT_LAUNCH = 2  # exit status when nothing was started: the user has to change something
 _GRACE_VARIABLE = "DEEPY_GRACE_S"
 _VALUE_WIDTH = 100  # characters of a value shown before the launch
 
@@ -59,17 +62,14 @@ def _launch(user_script: str, config: RunConfig, hosts: Hosts, environ: Mapping[
         _say(f"note: there is no hostfile {runner.hostfile}; launching on this machine alone")
     if (runner.include or runner.exclude) and (runner.num_gpus or 0) > 0:
         _say(f"note: num_gpus={runner.num_gpus} has no effect beside include or exclude")
-    is_multi = len(hosts.slots) > 1 or runner.force_multi or is_slurm or config.other.deepspeed_mpi
+    is_multi = len(hosts.slots) > 1 or runner.force_multi or is_slurm
     # Every host sees the working directory, or it would not see the script either.
     arguments = encode_config(config, spill_directory=os.getcwd() if is_multi else None)
     with ExitStack() as stack:
         for file in spilled_files(arguments):
             stack.callback(file.unlink, missing_ok=True)
         if is_multi:
-            options = runner_arguments(
-                runner, hostfile=hosts.hostfile, is_slurm=is_slurm, environ=environ
-            )
-            return run_deepspeed([*options, user_script, *arguments])
+            return _launch_on_hosts(user_script, arguments, config, hosts, environ)
         port = stack.enter_context(reserve_port(_named_port(config, environ)))
         (host, slots), *_ = hosts.slots.items()
         if not is_this_machine(host):
@@ -83,6 +83,48 @@ def _launch(user_script: str, config: RunConfig, hosts: Hosts, environ: Mapping[
         return run_ranks(
             placement, user_script, tuple(arguments), environ=environ, grace=_grace(environ)
         )
+
+
+def _launch_on_hosts(
+    user_script: str,
+    arguments: Sequence[str],
+    config: RunConfig,
+    hosts: Hosts,
+    environ: Mapping[str, str],
+) -> int:
+    runner = config.runner
+    is_slurm = bool(config.other.deepspeed_slurm)
+    launcher = "slurm" if is_slurm else runner.launcher or "pdsh"
+    travelling, notes = travelling_environment(
+        environ, home=os.path.expanduser("~"), working_directory=os.getcwd()
+    )
+    for note in notes:
+        _say(f"note: {note}")
+    secrets = JobSecrets.new(environ)
+    job = Job(
+        hosts=hosts.slots,
+        user_script=user_script,
+        arguments=tuple(arguments),
+        environment=travelling,
+        working_directory=os.getcwd(),
+        token=secrets.token,
+        master_addr=environ.get("MASTER_ADDR") or runner.master_addr,
+        master_port=_named_port(config, environ),
+    )
+    launcher_args = []
+    if launcher == "slurm":
+        for name in ("comment", "account"):
+            if value := getattr(runner, name):
+                launcher_args.append(f"--{name}={value}")
+    return launch_on_hosts(
+        job,
+        secrets,
+        launcher=launcher,
+        launcher_args=launcher_args,
+        environ=environ,
+        grace=_grace(environ),
+        checks_ssh=not runner.no_ssh_check,
+    )
 
 
 def _named_port(config: RunConfig, environ: Mapping[str, str]) -> int | None:

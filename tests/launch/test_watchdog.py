@@ -88,7 +88,7 @@ def test_time_in_which_nobody_looked_counts_for_what_began_later(node):
 
 def told(*ranks: RankProgress) -> list[int]:
     """Return the ranks in the order of a report."""
-    lines = hang_report([vars(rank) for rank in ranks]).splitlines()
+    lines = hang_report(ranks).splitlines()
     return [int(line.split()[2]) for line in lines if line.startswith("---- rank")]
 
 
@@ -119,7 +119,7 @@ def test_the_rank_that_holds_up_the_others_comes_first(culprit, peer):
 
 
 def test_a_report_of_many_ranks_is_short():
-    lines = hang_report([vars(rank(n, "step", 12, 61.0)) for n in range(1024)]).splitlines()
+    lines = hang_report([rank(n, "step", 12, 61.0) for n in range(1024)]).splitlines()
     assert len(lines) < 20
     assert lines[-1] == "---- and 1008 more; see their stacks above"
 
@@ -148,12 +148,21 @@ and what somebody wrote afterwards
 def test_the_main_threads_innermost_frame_tells_whether_a_rank_waits(node):
     node.processes = {}
     node.watchdog.ask_for_stacks({})
-    waiting, silent = node.watchdog.rows({4: DUMP})
-    assert (waiting["frame"], waiting["is_waiting"]) == (
-        "torch/distributed/distributed_c10d.py:9 wait",
-        True,
-    )
-    assert (silent["frame"], silent["is_waiting"], silent["state"]) == (None, False, "has ended")
+    waiting = node.watchdog.progress_of(4, DUMP)
+    assert waiting.frame == "torch/distributed/distributed_c10d.py:9 wait"
+    assert waiting.is_waiting
+    silent = node.watchdog.progress_of(5, [])
+    assert (silent.frame, silent.is_waiting, silent.state) == (None, False, "has ended")
+
+
+def test_progress_is_known_without_a_hang_if_the_rank_has_told_any(node):
+    assert node.watchdog.progress_of(4, []) is None
+    node.ranks[0].enter("step", 11, 60.0)
+    assert node.watchdog.progress_of(4, []).done_step == 10
+    node.ranks[0].enter("save", 11, 60.0)
+    assert node.watchdog.progress_of(4, []).done_step == 11
+    node.ranks[0].enter("load")
+    assert node.watchdog.progress_of(4, []).done_step is None
 
 
 def test_a_rank_that_cannot_tell_its_stacks_yet_is_not_ended_by_asking(node):
@@ -192,12 +201,8 @@ time.sleep(60)
         lines = [process.stderr.readline().rstrip("\n") for _ in range(2)]
         process.send_signal(signal.SIGKILL)
         lines += process.stderr.read().splitlines()
-        row = node.watchdog.rows({4: lines})[0]
-        assert (row["state"], row["step"], row["frame"]) == (
-            "is stopped",
-            3,
-            "<string>:5 <module>",
-        )
+        found = node.watchdog.progress_of(4, lines)
+        assert (found.state, found.step, found.frame) == ("is stopped", 3, "<string>:5 <module>")
     finally:
         process.kill()
         process.wait()

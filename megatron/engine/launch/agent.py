@@ -1,8 +1,11 @@
 """Runs the ranks of one node: all of them, or none.
 
-The loop sleeps until a rank writes, a rank ends or a signal arrives. When a rank fails, the others
-get a moment to fail by themselves (what they print may tell the cause), then SIGTERM, then SIGKILL.
-Signals to the launcher go on to the ranks; the second SIGINT or SIGTERM ends everything at once.
+The loop sleeps until a rank writes, a rank ends, a signal or a message of the launcher arrives.
+When a rank fails, the others get a moment to fail by themselves (what they print may tell the
+cause), then SIGTERM, then SIGKILL. A signal is somebody's wish to stop: it goes on to the ranks,
+which save and end. A second wish goes on too, and what then still runs is killed.
+
+Of a job on several nodes every node has such a loop; a link joins it to the launcher's.
 """
 
 import selectors
@@ -12,7 +15,10 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from megatron.engine.launch.failures import RankEnd, failure_report, first_failure
+from megatron.engine.launch.conclusion import JobEnd
+from megatron.engine.launch.failures import RankEnd
+from megatron.engine.launch.head_link import HeadLink
+from megatron.engine.launch.job_channel import BEAT_S
 from megatron.engine.launch.output import OutputPipe, StderrTail, write_all
 from megatron.engine.launch.placement import (
     NodePlacement,
@@ -23,11 +29,13 @@ from megatron.engine.launch.placement import (
 from megatron.engine.launch.rank_process import Exit, RankProcess, signal_name, start_rank
 from megatron.engine.launch.sessions import SessionGuard, end_sessions, kill_sessions
 from megatron.engine.launch.signal_inbox import SignalInbox, open_signal_inbox
+from megatron.engine.launch.watchdog import Watchdog
+from megatron.engine.launch.wishes import FORWARDED_SIGNALS, Wishes
 
 __all__ = ["GraceTimes", "run_ranks"]
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-_STOP = (signal.SIGINT, signal.SIGTERM)  # those of which a second one kills
+_SECOND_WISH_GRACE_S = 2.0
+_STACKS_TAKE_S = 2.0
 _STDOUT, _STDERR = 1, 2
 
 
@@ -46,34 +54,49 @@ def run_ranks(
     *,
     environ: Mapping[str, str],
     grace: GraceTimes,
+    link: HeadLink | None = None,
 ) -> int:
     """Run this node's ranks to their end and return the job's exit status.
 
-    The status is 0 only if every rank ended with 0. Otherwise it is that of the rank that failed
-    first, 128 + N if signal N ended it. When this returns, or if this process is killed, nothing
-    that the ranks started is left. Main thread only.
+    The status is 0 only if every rank ended with 0, STOPPED if the others ended with that.
+    Otherwise it is that of the rank that failed first, 128 + N if signal N ended it, or HUNG. When
+    this returns, or if this process is killed, nothing that the ranks started is left. Main thread
+    only.
+
+    Args:
+        placement: this node's part of the job.
+        user_script: what every rank runs.
+        arguments: the script's.
+        environ: what the ranks' environment is made from.
+        grace: how long ranks may take to end.
+        link: to the launcher, which tells how the job ended; None if this node is the whole job.
 
     Raises:
         LaunchError: a rank can't be started; those that were are ended.
     """
     cores = usable_cores()
     with ExitStack() as stack:
-        inbox = stack.enter_context(open_signal_inbox((signal.SIGCHLD, *_FORWARDED)))
+        inbox = stack.enter_context(open_signal_inbox((signal.SIGCHLD, *FORWARDED_SIGNALS)))
         guard = stack.enter_context(SessionGuard())
-        node = _Node(inbox, grace)
+        watchdog = stack.enter_context(Watchdog(placement.first_rank, len(placement.slots)))
+        node = _Node(inbox, grace, watchdog, link)
         stack.callback(node.end_everything)
         for local_rank in range(len(placement.slots)):
             process = start_rank(
                 placement.first_rank + local_rank,
                 rank_command(user_script, arguments, local_rank),
-                rank_environment(placement, local_rank, environ, cores),
+                rank_environment(placement, local_rank, environ, cores)
+                | watchdog.variables(local_rank),
                 is_foreground=placement.first_rank + local_rank == 0,
             )
             guard.watch(process.pid)
             node.add(process)
         node.wait()
         node.end_everything()
-        return node.conclude()
+        end = node.outcome()
+        if link is None:
+            write_all(_STDERR, end.report().encode())
+        return end.status
 
 
 class _Rank:
@@ -92,14 +115,21 @@ class _Rank:
 class _Node:
     """The ranks of this node, and how far their ending has come."""
 
-    def __init__(self, inbox: SignalInbox, grace: GraceTimes) -> None:
+    def __init__(
+        self, inbox: SignalInbox, grace: GraceTimes, watchdog: Watchdog, link: HeadLink | None
+    ) -> None:
         self._inbox = inbox
         self._grace = grace
+        self._watchdog = watchdog
+        self._link = link
         self._ranks: list[_Rank] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(inbox, selectors.EVENT_READ)
-        self._started = time.monotonic()
-        self._forwarded: list[int] = []
+        if link is not None:
+            self._selector.register(link, selectors.EVENT_READ)
+        self._started = self._looked_at = time.monotonic()
+        self._wishes = Wishes()
+        self._hang: str | None = None
         self._due: list[
             tuple[float, Callable[[], None]]
         ] = []  # next steps of ending, soonest first
@@ -119,11 +149,14 @@ class _Node:
             # Signals and ends before output: a death is seen before the peers complain of it.
             for number in self._inbox.take():
                 if number != signal.SIGCHLD:
-                    self._forward(number)
+                    self._take_signal(number)
             self._notice_ends()
+            if self._link is not None:
+                self._obey(self._link)
             for key, _ in events:
                 if key.data is not None:
                     self._pass_on(*key.data)
+            self._look_for_hangs()
             self._take_due_steps()
 
     def end_everything(self) -> None:
@@ -143,24 +176,17 @@ class _Node:
             if rank.process.exit is not None:
                 rank.process.reap()
 
-    def conclude(self) -> int:
-        """Tell how the job ended and return its status."""
-        ends = [self._end_of(rank) for rank in self._ranks]
-        first = first_failure(ends)
-        if first is None:
-            return 0
-        if (number := self._stopped_by(first)) is not None:
-            _say(f"stopped by {signal_name(number)} after {first.ended_at:.1f} s")
-            return 128 + number
-        write_all(_STDERR, failure_report(ends, first).encode())
-        return first.status
-
-    def _stopped_by(self, first: RankEnd) -> int | None:
-        """Return the signal that ended the job on the user's wish, if one did."""
-        if first.exit.signal in self._forwarded:
-            return first.exit.signal
-        wishes = [number for number in self._forwarded if number in _STOP]
-        return wishes[0] if wishes and first.was_told and first.exit.signal else None
+    def outcome(self) -> JobEnd:
+        """Return how it ended, and tell the launcher of a job on several nodes."""
+        end = JobEnd(
+            ends=tuple(self._end_of(rank) for rank in self._ranks),
+            wishes=self._wishes.numbers,
+            hang=self._hang,
+        )
+        if self._link is not None:
+            ends = [rank.as_fields() for rank in end.ends]
+            self._link.tell("ended", ends=ends, wishes=end.wishes, hang=end.hang)
+        return end
 
     def _running(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.ended_at is None]
@@ -171,6 +197,10 @@ class _Node:
 
     def _seconds_to_next_step(self) -> float | None:
         times = [when for when, _ in self._prompts()] + [when for when, _ in self._due[:1]]
+        if self._watchdog.interval_s is not None:
+            times.append(self._looked_at + self._watchdog.interval_s)
+        if self._link is not None:
+            times.append(time.monotonic() + BEAT_S / 2)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _take_due_steps(self) -> None:
@@ -182,17 +212,72 @@ class _Node:
             _, act = self._due.pop(0)
             act()
 
-    def _forward(self, number: int) -> None:
-        self._forwarded.append(number)
+    def _take_signal(self, number: int) -> None:
+        # SIGINT twice is a user at a terminal, who is heard at once.
+        is_own = self._link is None and number == signal.SIGINT
+        if not self._wishes.add(number, is_urgent=is_own):
+            return
+        if self._link is not None:
+            self._link.tell("wish", number=number)
+        self._pass_wish_on(number)
+
+    def _pass_wish_on(self, number: int) -> None:
         for rank in self._running():
             rank.process.send(number)
-        if number not in _STOP:
-            return
-        if sum(earlier in _STOP for earlier in self._forwarded) > 1:
-            _say("asked to stop a second time; killing the ranks")
-            self._due = [(time.monotonic(), self._kill)]
-        else:
+        if self._wishes.is_second:
+            if self._link is None:
+                _say("asked to stop a second time; killing the ranks")
+            grace_s = min(_SECOND_WISH_GRACE_S, self._grace.terminate_s)
+            self._due = [(time.monotonic() + grace_s, self._kill)]
+        elif self._link is None:
             _say(f"{signal_name(number)} passed on to the ranks; a second one kills them")
+
+    def _obey(self, link: HeadLink) -> None:
+        for message in link.take():
+            if message.kind == "signal":
+                if self._wishes.add(message["number"], is_urgent=message["is_second"]):
+                    self._pass_wish_on(message["number"])
+            elif message.kind == "end":
+                self._end_for_the_job(shows_stacks=message["shows_stacks"])
+        link.keep_alive()
+        if link.loss is not None and not self._due:
+            _say(f"{link.loss}; ending the ranks of this node")
+            self._end_for_the_job(shows_stacks=False)
+
+    def _end_for_the_job(self, *, shows_stacks: bool) -> None:
+        """End the ranks, which have done nothing wrong."""
+        if self._due:
+            return  # that has begun already
+        settled = time.monotonic() + self._grace.settle_s
+        if shows_stacks:
+            self._show_stacks()
+            settled = time.monotonic() + _STACKS_TAKE_S
+        self._end_at(settled)
+
+    def _end_at(self, settled: float) -> None:
+        self._due = [
+            (settled, self._terminate),
+            (settled + self._grace.terminate_s, self._kill),
+        ]
+
+    def _look_for_hangs(self) -> None:
+        interval_s, now = self._watchdog.interval_s, time.monotonic()
+        if interval_s is None or now < self._looked_at + interval_s or self._due:
+            return
+        self._looked_at = now
+        hang = self._watchdog.look([rank.process.rank for rank in self._running()])
+        if hang is None:
+            return
+        self._hang = hang
+        _say(f"no progress: {hang}; ending the job")
+        if self._link is not None:
+            self._link.tell("hung", text=hang)
+        self._end_for_the_job(shows_stacks=True)
+
+    def _show_stacks(self) -> None:
+        # Ranks have faulthandler write the stacks of all their threads.
+        for rank in self._running():
+            rank.process.send(signal.SIGQUIT)
 
     def _notice_ends(self) -> None:
         for rank in self._running():
@@ -200,19 +285,19 @@ class _Node:
                 rank.ended_at = time.monotonic()
                 for pipe in list(rank.pipes):
                     self._pass_on(rank, pipe)
-                if rank.process.has_failed:
+                if rank.process.has_failed and not self._end_of(rank).was_on_purpose:
                     self._begin_to_end(rank)
 
     def _begin_to_end(self, failed: _Rank) -> None:
         others = len(self._running())
-        if self._due or failed.was_told or not others:
+        if self._due or failed.was_told:
             return
-        _say(f"{self._end_of(failed)}; ending the other {others}")
-        settled = time.monotonic() + self._grace.settle_s
-        self._due = [
-            (settled, self._terminate),
-            (settled + self._grace.terminate_s, self._kill),
-        ]
+        end = self._end_of(failed)
+        if self._link is not None:
+            self._link.tell("failed", end=end.as_fields())
+        if others:
+            _say(f"{end}; ending the other {others}")
+            self._end_at(time.monotonic() + self._grace.settle_s)
 
     def _terminate(self) -> None:
         for rank in self._running():

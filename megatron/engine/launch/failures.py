@@ -9,9 +9,11 @@ way to another that came soon after it.
 
 import re
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
+from megatron.base.exit_codes import FINISHED, STOPPED
 from megatron.engine.launch.rank_process import Exit
 
 __all__ = ["RankEnd", "failure_report", "first_failure"]
@@ -22,6 +24,7 @@ _HANDLED_AFTER_S = 10.0
 _SAME_TIME_S = 1.0
 _LOST_PEER = re.compile(r"connection|broken pipe|remote worker|peer", re.IGNORECASE)
 _LISTED = 8
+_EXCERPT_LIMIT = 1 << 16  # characters that go from node to node
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,22 @@ class RankEnd:
     trace_began_at: float | None  # when its last traceback began; None without one
     was_told: bool  # it still ran when the launcher began to end the job
     excerpt: str  # its traceback, or its last lines on stderr
+    host: str = ""  # of a job on several nodes
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return what :meth:`from_fields` reads."""
+        return asdict(self) | {"excerpt": self.excerpt[-_EXCERPT_LIMIT:]}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Return what another node told with :meth:`as_fields`."""
+        return cls(**{**fields, "exit": Exit(**fields["exit"])})
 
     def __str__(self) -> str:
         how = "ended by the launcher" if self.was_told and self.exit.signal else str(self.exit)
         if self.exit.signal == signal.SIGKILL and not self.was_told:
             how += " (not by the launcher; often by the kernel when memory runs out, see dmesg)"
-        return f"rank {self.rank}: {how}"
+        return f"rank {self.rank}{' on ' * bool(self.host)}{self.host}: {how}"
 
     @property
     def status(self) -> int:
@@ -48,6 +61,11 @@ class RankEnd:
         if self.was_told and self.exit.signal is not None:
             return 1  # the launcher's signal only came before the program's own end
         return self.exit.status
+
+    @property
+    def was_on_purpose(self) -> bool:
+        """Whether it ended as it should: its work is done, or it has saved and stopped."""
+        return self.exit.code in (FINISHED, STOPPED)
 
     @property
     def was_only_told(self) -> bool:
@@ -62,8 +80,8 @@ class RankEnd:
 
 
 def first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
-    """Return the rank that failed first, or None if all ended with status 0."""
-    failed = [end for end in ends if not end.exit.is_success]
+    """Return the rank that failed first, or None if none did."""
+    failed = [end for end in ends if not end.was_on_purpose]
     if not failed:
         return None
     first_death = min(end.ended_at for end in failed)
@@ -82,7 +100,7 @@ def first_failure(ends: Sequence[RankEnd]) -> RankEnd | None:
 
 def failure_report(ends: Sequence[RankEnd], first: RankEnd) -> str:
     """Return the last words of a failed job: who failed first, with its traceback."""
-    others = [end for end in ends if end is not first and not end.exit.is_success]
+    others = [end for end in ends if end is not first and not end.was_on_purpose]
     then = "; ".join(map(str, others[:_LISTED]))
     if len(others) > _LISTED:
         then += f"; and {len(others) - _LISTED} more"

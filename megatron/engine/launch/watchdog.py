@@ -18,7 +18,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +58,13 @@ class RankProgress:
     state: str
     frame: str | None = None
     is_waiting: bool = False
+
+    @property
+    def done_step(self) -> int | None:
+        """The last step it had done; None if it hadn't begun one."""
+        if self.step is None:
+            return None
+        return self.step - 1 if self.phase == "step" else self.step
 
     def doing(self) -> str:
         """Return what it does, since when and how long that may take."""
@@ -161,22 +168,31 @@ class Watchdog:
                 if found.state == "is stopped":
                     os.kill(processes[rank], signal.SIGCONT)
 
-    def rows(self, stderr_lines: Mapping[int, Sequence[str]]) -> list[dict[str, Any]]:
-        """Return how far each rank had come when its stacks were asked for.
+    def progress_of(self, rank: int, stderr_lines: Sequence[str]) -> RankProgress | None:
+        """Return how far a rank has come; if it was asked for its stacks, as of then.
 
         Args:
-            stderr_lines: rank -> the end of what it has written on standard error by now.
+            rank: of this node.
+            stderr_lines: the end of what it has written on standard error by now.
+
+        Returns:
+            None if it has never told, and nothing hangs.
         """
-        rows = []
-        for rank, found in self._found.items():
-            frame = _main_frame(stderr_lines.get(rank, ()))
-            values = asdict(found)
-            if frame is not None:
-                path, number, function = frame
-                values["frame"] = f"{_short(path)}:{number} {function}"
-                values["is_waiting"] = _COLLECTIVE.search(path) is not None
-            rows.append(values)
-        return rows
+        found = self._found.get(rank)
+        if found is None:
+            snapshot = self._files[rank].read()
+            if not snapshot.phase:
+                return None
+            return self._progress_of(rank, None, snapshot, self._clock())
+        frame = _main_frame(stderr_lines)
+        if frame is None:
+            return found
+        path, line, function = frame
+        return replace(
+            found,
+            frame=f"{_short(path)}:{line} {function}",
+            is_waiting=_COLLECTIVE.search(path) is not None,
+        )
 
     def _excused(self, snapshot: Snapshot) -> float:
         return sum(length for until, length in self._held_up if until > snapshot.started)
@@ -197,14 +213,10 @@ class Watchdog:
         )
 
 
-def hang_report(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the last words of a job that hung: its ranks, those to blame first.
-
-    Args:
-        rows: of :meth:`Watchdog.rows`, of all nodes.
-    """
-    ranks = sorted((RankProgress(**row) for row in rows), key=_suspicion)
-    text = f"---- deepy: the job hangs; of {len(ranks)} ranks the one to look at first:\n"
+def hang_report(ranks: Sequence[RankProgress]) -> str:
+    """Return lines on the ranks of a job that hung, those to blame first."""
+    ranks = sorted(ranks, key=_suspicion)
+    text = f"---- of {len(ranks)} ranks the one to look at first:\n" if len(ranks) > 1 else ""
     text += "".join(f"---- {rank}\n" for rank in ranks[:_LISTED])
     if len(ranks) > _LISTED:
         text += f"---- and {len(ranks) - _LISTED} more; see their stacks above\n"
