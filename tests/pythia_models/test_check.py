@@ -11,6 +11,7 @@ import yaml
 
 from megatron.base.errors import ConfigError
 from megatron.cli.pythia.checks import check_release
+from megatron.cli.pythia.downloaded import step_named
 from megatron.cli.pythia.findings import exit_status
 from megatron.cli.pythia.idx_files import RELEASED_INDEXES, check_index
 from megatron.cli.pythia.known_releases import KNOWN_RELEASES, KnownRelease, known_of
@@ -188,6 +189,41 @@ def test_a_missing_shard_cannot_be_told_from(tiny, tmp_path):
     assert texts(findings, "warning") == ["tiny step 40000: weights are missing"]
 
 
+def test_a_bit_that_changed_on_the_way_is_found_where_the_hubs_digest_is_on_record(tiny, tmp_path):
+    step = branch(tmp_path, 3000, trained(1))
+    weights = step / "model.safetensors"
+    record = step / ".cache" / "huggingface" / "download" / f"{weights.name}.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"{'0' * 40}\n{sha256_of(weights)}\n1764000000.0\n")
+    assert check_release(step, tiny, 3000) == []
+    damage(weights)
+    (problem,) = texts(check_release(step, tiny, 3000))
+    assert "is damaged; remove it and download it again" in problem
+
+
+def test_a_directory_called_after_another_step_is_warned_of(tiny, tmp_path):
+    step = branch(tmp_path, 4000, trained(1))
+    (warning,) = texts(check_release(step, tiny, 3000), "warning")
+    assert warning.endswith("step4000 is called after step 4000, not 3000")
+
+
+def test_main_is_step_143000_only_as_the_branchs_own_name(tmp_path):
+    assert step_named(tmp_path / "main") == 143000
+    assert step_named(tmp_path / "main" / "downloads") is None
+
+
+def test_weights_without_their_config_json_are_no_checkpoint(tiny, tmp_path):
+    step = branch(tmp_path, 3000, trained(1))
+    (step / "config.json").unlink()
+    (problem,) = texts(check_release(step, tiny, 3000), "unknown")
+    assert "no global_stepN, and no config.json as a branch of the hub has" in problem
+
+
+def test_steps_before_the_first_are_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="tiny has no step -3: steps count from 0"):
+        check_release(tmp_path, tiny, -3)
+
+
 # -- NeoX's form, by real NeoX v1.0 ---------------------------------------------------------------
 
 
@@ -233,18 +269,69 @@ def test_a_layer_file_of_another_save_is_refused(neox):
 
 
 def test_metadata_of_several_steps_is_refused(tmp_path):
-    directory = recorded_runs.unpack("tp2_dp2_zero1", tmp_path) / "global_step5"
-    shutil.move(directory, tmp_path / "step5")
-    path = tmp_path / "step5" / "mp_rank_01_model_states.pt"
+    directory, model = neox_of_two_ranks(tmp_path)
+    path = directory / "mp_rank_01_model_states.pt"
     states = torch.load(path, weights_only=False)
     states["iteration"] = 7
     torch.save(states, path)
-    config = tmp_path / "run.yml"
-    keys = yaml.safe_load((tmp_path / "step5" / "configs" / "tiny.yml").read_text())
-    config.write_text(yaml.safe_dump({**keys, "train_batch_size": 8}))
-    model = model_of_files([config], name="recorded", num_tokens=250)
-    problems = texts(check_release(tmp_path / "step5", model, 5))
+    problems = texts(check_release(directory, model, 5))
     assert "files of several steps are mixed" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mp_rank_01_model_states.pt", "mp_rank_01_model_states.pt is missing"),
+        ("zero_pp_rank_1_mp_rank_01_optim_states.pt", "mp_rank_01_optim_states.pt is missing"),
+        ("layer_03-model_01-model_states.pt", "layer_03-model_01-model_states.pt missing"),
+    ],
+)
+def test_a_missing_file_of_neoxs_is_named(name, message, tmp_path):
+    directory, model = neox_of_two_ranks(tmp_path)
+    (directory / name).unlink()
+    findings = check_release(directory, model, 5)
+    assert exit_status(findings) == 2
+    assert message in texts(findings, "unknown")[0]
+
+
+def test_a_file_that_another_save_left_is_told(tmp_path):
+    directory, model = neox_of_two_ranks(tmp_path)
+    stale = directory / "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    shutil.copy(directory / "zero_pp_rank_0_mp_rank_00_optim_states.pt", stale)
+    (problem,) = texts(check_release(directory, model, 5), "unknown")
+    assert f"{stale.name}: left by another save" in problem
+
+
+def test_neoxs_files_in_the_hubs_cache_are_read(tmp_path):
+    directory, model = neox_of_two_ranks(tmp_path)
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "0123abcd", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in directory.glob("*.pt"):
+        blob = blobs / sha256_of(path)
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    for _ in range(2):
+        (note,) = check_release(snapshot, model, 5)
+        assert note.text == "all 28 weights are the optimizer's masters, rounded"
+    damage(blobs / (snapshot / "mp_rank_00_model_states.pt").readlink().name)
+    assert "the hub's file" in texts(check_release(snapshot, model, 5))[0]
+
+
+def neox_of_two_ranks(folder):
+    """The recorded checkpoint of two tensor ranks, its files at the top, and its model."""
+    shutil.move(recorded_runs.unpack("tp2_dp2_zero1", folder) / "global_step5", folder / "step5")
+    keys = yaml.safe_load((folder / "step5" / "configs" / "tiny.yml").read_text())
+    config = folder / "run.yml"
+    config.write_text(yaml.safe_dump({**keys, "train_batch_size": 8}))
+    return folder / "step5", model_of_files([config], name="recorded", num_tokens=250)
+
+
+def damage(path):
+    """Change one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
 
 
 # -- the data set --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import xxhash
 import yaml
 
-from megatron.base.errors import CheckpointError
+from megatron.base.errors import CheckpointError, ConfigError
 from megatron.checkpoint.parameter_state import open_parameter_states
 from megatron.checkpoint.stored import StoredCheckpoint, read_model_facts
 from megatron.checkpoint.verification import verify_checkpoint
@@ -112,6 +112,15 @@ def test_a_download_that_is_proven_wrong_is_refused_and_nothing_is_written(tmp_p
         import_step(good, tmp_path / "taken", model, 3000)
 
 
+def test_more_skipped_steps_than_steps_are_refused(tmp_path):
+    model = released_model(tmp_path)
+    source = branch(tmp_path, 10, trained(10))
+    for skipped in (11, -1):
+        with pytest.raises(ConfigError, match=f"--skipped-steps {skipped}: of 10 steps"):
+            import_step(source, tmp_path / "start", model, 10, skipped_steps=skipped)
+    assert not list(tmp_path.glob("*start*"))
+
+
 # -- NeoX's own checkpoints ------------------------------------------------------------------------
 
 
@@ -141,6 +150,26 @@ def test_neoxs_state_is_taken_as_it_is(neox, tmp_path):
             parts = [s.part(layer, name, kind, size=1, rank=0) for s in (before, after)]
             assert torch.equal(*parts)
     assert sorted(path.name for path in (imported.checkpoint / "configs").iterdir()) == ["run.yml"]
+
+
+@pytest.mark.parametrize(
+    "name", ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_01_optim_states.pt"]
+)
+def test_a_download_that_lacks_a_file_is_refused_and_nothing_is_written(name, neox, tmp_path):
+    directory, model = neox
+    (directory / name).unlink()
+    with pytest.raises(CheckpointError, match=f"could not be checked as recorded step 5.*{name}"):
+        import_step(directory, tmp_path / "start", model, 5)
+    assert not list(tmp_path.glob("*start*"))
+
+
+def test_what_a_checkpoint_says_itself_is_not_asked_for(neox, tmp_path, capsys):
+    directory, model = neox
+    with pytest.raises(ConfigError, match="says itself how many there were"):
+        import_step(directory, tmp_path / "start", model, 5, skipped_steps=1)
+    command = f"import --config {tmp_path / 'run.yml'} --step 5 --from {directory} --moments cold"
+    assert main([*command.split(), "--to", str(tmp_path / "start")]) == 2
+    assert "has moments of its own; leave --moments out" in capsys.readouterr().err
 
 
 def test_moments_from_neox_need_the_same_weights(neox, tmp_path):
@@ -189,7 +218,7 @@ def test_the_command_says_where_the_run_goes_on(tmp_path, capsys):
     assert main([*command, "--to", str(tmp_path / "b"), "--moments", "hot"]) == 2
     assert "it is `cold`" in capsys.readouterr().err
     assert main([*command, "--to", str(tmp_path / "b"), "--moments", "warm:3001"]) == 2
-    assert "warm:3001: there are 3000 batches before step 3000" in capsys.readouterr().err
+    assert "warm:3001: K must be 1 to 3000, the batches before step 3000" in capsys.readouterr().err
     assert main(["check", str(source), "--step", "3000"]) == 2
     assert "which model? give --model" in capsys.readouterr().err
 

@@ -10,7 +10,8 @@ from megatron.base.errors import CheckpointError, ConfigError
 __all__ = ["local_directory"]
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_DESCRIPTION = ("*.json", "*.txt", "*.model")
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.yml")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # of a repository with several, the first
 
 
 def local_directory(source: str, revision: str | None = None) -> Path:
@@ -39,9 +40,10 @@ def local_directory(source: str, revision: str | None = None) -> Path:
             "pip install huggingface_hub"
         ) from error
     try:
-        folder = Path(_download(hub, source, revision, "*.safetensors"))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(_download(hub, source, revision, "*.bin"))
+        for weights in _WEIGHTS:
+            folder = Path(_download(hub, source, revision, weights))
+            if any(folder.glob(weights)):
+                break
     except (OSError, ValueError) as error:  # the library's errors are all of these
         branch = "" if revision is None else f" at {revision}"
         raise CheckpointError(

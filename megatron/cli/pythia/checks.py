@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.base.errors import CheckpointError, ConfigError
-from megatron.checkpoint.hugging_face.hub_directory import has_file, hub_file
+from megatron.checkpoint.hugging_face.hub_directory import (
+    has_file,
+    hub_file,
+)
 from megatron.checkpoint.hugging_face.names import whole_shapes
 from megatron.checkpoint.parameter_state import open_parameter_states
-from megatron.checkpoint.stored import StoredCheckpoint
 from megatron.cli.pythia.comparison import (
     MAYBE_UNLEARNT,
     MeasuredStep,
@@ -24,15 +26,15 @@ from megatron.cli.pythia.downloaded import (
     open_downloaded,
     step_named,
 )
+from megatron.cli.pythia.file_checks import directory_findings, file_findings, has_optimizer
 from megatron.cli.pythia.findings import Finding
 from megatron.cli.pythia.known_releases import KNOWN_RELEASES, KnownRelease, known_of
 from megatron.cli.pythia.measurements import measure
 from megatron.cli.pythia.models import ReleasedModel
-from megatron.cli.pythia.sha256 import sha256_of
 from megatron.data.tokenizers import build_tokenizer
 from megatron.model.settings import ModelSettings
 
-__all__ = ["check_release", "has_optimizer", "known_findings", "measure_all"]
+__all__ = ["check_release", "known_findings", "measure_all"]
 
 _LISTED = 4
 _HEAD = "final_linear.weight"
@@ -77,9 +79,12 @@ def check_release(
         findings += _declared(directory, model)
         if any(finding.kind == "wrong" for finding in findings):
             return findings
+        if directory.is_dir():
+            findings += directory_findings(directory, step, iteration)
         downloaded = open_downloaded(directory, model.settings, iteration=iteration)
-        findings += _published_digests(downloaded, model, step, entries)
-        findings += _step_inside(downloaded, iteration)
+        findings += file_findings(downloaded, model, step, entries)
+        if any(finding.kind == "unknown" for finding in findings):
+            return findings
         misfits = list(_shapes(downloaded, model))
         findings += misfits
         if misfits:
@@ -169,39 +174,6 @@ def _wrong_vocabulary(rows: int, model: ReleasedModel) -> Finding:
         f"{model.settings.padded_vocab_size:,}: {model.num_tokens:,} tokens, padded. The rows of "
         "the padding were trained too and take part in the loss",
     )
-
-
-def _published_digests(
-    downloaded: Downloaded, model: ReleasedModel, step: int, entries: Iterable[KnownRelease]
-) -> Iterator[Finding]:
-    """Compare files with those that were published as wrong."""
-    found: dict[str, str] = {}
-    for entry in known_of(model.name, None, entries):
-        for name, digest in entry.sha256.items():
-            if not has_file(downloaded.path, name):
-                continue
-            if name not in found:
-                found[name] = sha256_of(hub_file(downloaded.path, name))
-            if found[name].startswith(digest) and step not in entry.steps_of_the_file:
-                yield Finding(
-                    "wrong",
-                    f"{name} has the SHA-256 {found[name][:16]}… of a file known to be another "
-                    f"step's: {entry.text}",
-                    entry.source,
-                )
-
-
-def _step_inside(downloaded: Downloaded, iteration: int) -> Iterator[Finding]:
-    inside = downloaded.steps_inside
-    others = {name: step for name, step in inside.items() if step != iteration}
-    if not others:
-        return
-    if len(set(inside.values())) > 1:
-        names = ", ".join(f"{name} of {step}" for name, step in sorted(inside.items())[:_LISTED])
-        yield Finding("wrong", f"files of several steps are mixed: {names}")
-    else:
-        step = next(iter(others.values()))
-        yield Finding("wrong", f"its files say step {step}, not {iteration}")
 
 
 def _shapes(downloaded: Downloaded, model: ReleasedModel) -> Iterator[Finding]:
@@ -335,13 +307,6 @@ def _first_std(name: str, settings: ModelSettings) -> float | None:
         "small_init": math.sqrt(2 / (5 * width)),
         "wang_init": 2 / (layers * math.sqrt(width)),
     }.get(_method(name, settings))
-
-
-def has_optimizer(stored: StoredCheckpoint) -> bool:
-    """Return whether NeoX's files hold the state of an optimizer."""
-    if stored.optimizer_files or not stored.model_ranks:
-        return bool(stored.optimizer_files)
-    return stored.model_states(stored.model_ranks[0]).get("optimizer") is not None
 
 
 def _masters(downloaded: Downloaded, settings: ModelSettings) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.hugging_face.architecture import read_architecture
-from megatron.checkpoint.hugging_face.hub_directory import has_file, read_json
+from megatron.checkpoint.hugging_face.hub_directory import has_file, read_json, without_links
 from megatron.checkpoint.hugging_face.hub_model import open_hub_model
 from megatron.checkpoint.hugging_face.names import OLD_HEAD, hub_names
 from megatron.checkpoint.stored import StoredCheckpoint
@@ -98,14 +98,14 @@ def open_downloaded(
         raise CheckpointError(f"{directory} is not a directory")
     if has_file(directory, _CONFIG):
         return _open_hub(directory)
-    return _open_neox(_checkpoint(directory, iteration), settings)
+    return _open_neox(without_links(_checkpoint(directory, iteration)), settings)
 
 
 def step_named(directory: Path) -> int | None:
     """Return the step that a directory's path names: ``.../step3000``, ``pythia-70m-step3000``."""
+    if directory.name == "main":
+        return _MAIN_STEP
     for part in reversed(directory.absolute().parts[-3:]):
-        if part == "main":
-            return _MAIN_STEP
         match = _STEP.fullmatch(part)
         if match:
             return int(match[1] or match[3])
@@ -125,7 +125,12 @@ def _open_hub(directory: Path) -> Downloaded:
 
 
 def _checkpoint(directory: Path, iteration: int | None) -> Path:
-    checkpoints = find_checkpoints(directory).checkpoints
+    try:
+        checkpoints = find_checkpoints(directory).checkpoints
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}, and no {_CONFIG} as a branch of the hub has beside its weights"
+        ) from error
     if len(checkpoints) == 1:
         return checkpoints[0]
     named = [path for path in checkpoints if path.name == f"global_step{iteration}"]

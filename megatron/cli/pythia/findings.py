@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CANNOT_TELL", "GOOD", "WRONG", "Finding", "exit_status", "wrong"]
+__all__ = ["CANNOT_TELL", "GOOD", "WRONG", "Finding", "exit_status"]
 
 GOOD, WRONG, CANNOT_TELL = 0, 1, 2
 
@@ -26,11 +26,6 @@ class Finding:
     def __str__(self) -> str:
         source = f" [{self.source}]" if self.source else ""
         return f"{self.kind}: {self.text}{source}"
-
-
-def wrong(findings: Iterable[Finding]) -> list[Finding]:
-    """Return what is proven wrong."""
-    return [finding for finding in findings if finding.kind == "wrong"]
 
 
 def exit_status(findings: Iterable[Finding]) -> int:

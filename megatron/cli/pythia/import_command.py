@@ -8,7 +8,12 @@ from megatron.base.errors import ConfigError
 from megatron.cli.ledger.output import number, say
 from megatron.cli.pythia.check import add_model_options, chosen_model, downloaded_directory
 from megatron.cli.pythia.findings import GOOD
-from megatron.cli.pythia.importing import Imported, import_step, import_with_moments_of
+from megatron.cli.pythia.importing import (
+    Imported,
+    import_step,
+    import_with_moments_of,
+    require_no_moments,
+)
 from megatron.cli.pythia.models import ReleasedModel
 from megatron.cli.pythia.warm_up import import_warm
 
@@ -54,7 +59,10 @@ def add_import(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--to", dest="save", type=Path, required=True, metavar="SAVE", help="a new directory"
     )
     parser.add_argument(
-        "--moments", nargs="+", default=["cold"], metavar="HOW", help="see below; default: cold"
+        "--moments",
+        nargs="+",
+        metavar="HOW",
+        help="see below; default: those of --from if it has some, else cold",
     )
     parser.add_argument(
         "--launch",
@@ -99,7 +107,9 @@ def _import(options: argparse.Namespace) -> int:
 def _imported(options: argparse.Namespace, model: ReleasedModel) -> Imported:
     source = downloaded_directory(options.source, options.step)
     match options.moments:
-        case ["cold"]:
+        case None | ["cold"]:
+            if options.moments is not None:
+                require_no_moments(source, model, options.step)
             return import_step(
                 source,
                 options.save,
@@ -108,6 +118,8 @@ def _imported(options: argparse.Namespace, model: ReleasedModel) -> Imported:
                 skipped_steps=options.skipped_steps,
             )
         case ["from", neox]:
+            if options.skipped_steps:
+                raise ConfigError(f"--skipped-steps: {neox} says itself how many there were")
             return import_with_moments_of(Path(neox), source, options.save, model, options.step)
         case [how] if match := re.fullmatch(r"warm:(\d+)", how):
             return import_warm(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megatron.base.atomic_files import fsync_directory, write_atomically
-from megatron.base.errors import CheckpointError
+from megatron.base.errors import CheckpointError, ConfigError
 from megatron.base.file_digests import digest_file
 from megatron.checkpoint.hugging_face.hub_model import open_hub_model
 from megatron.checkpoint.hugging_face.to_neox import write_layer_files
@@ -34,10 +34,11 @@ from megatron.checkpoint.new_directory import new_directory
 from megatron.checkpoint.reshape.streamed_file import StreamedTensor, write_streamed_file
 from megatron.checkpoint.stored import LEDGER_FILE, StoredCheckpoint, model_states_file
 from megatron.checkpoint.weights import stored_shape
-from megatron.cli.pythia.checks import check_release, has_optimizer, measure_all
+from megatron.cli.pythia.checks import check_release, measure_all
 from megatron.cli.pythia.comparison import Measurements
 from megatron.cli.pythia.downloaded import Downloaded, Place, open_downloaded
-from megatron.cli.pythia.findings import Finding, wrong
+from megatron.cli.pythia.file_checks import has_optimizer
+from megatron.cli.pythia.findings import Finding
 from megatron.cli.pythia.models import ReleasedModel, schedule_of
 from megatron.ledger.ledger_file import ModelPart
 from megatron.ledger.manifest import Manifest, StoredFile, write_manifest
@@ -49,7 +50,8 @@ __all__ = [
     "Moments",
     "import_step",
     "import_with_moments_of",
-    "require_no_proof",
+    "require_good",
+    "require_no_moments",
     "write_start_of_warm_up",
 ]
 
@@ -71,6 +73,11 @@ class Counters:
     @classmethod
     def of(cls, model: ReleasedModel, iteration: int, skipped_steps: int) -> "Counters":
         """Return those of an undisturbed run."""
+        if not 0 <= skipped_steps <= iteration:
+            raise ConfigError(
+                f"--skipped-steps {skipped_steps}: of {iteration} steps so many can't have "
+                "overflowed"
+            )
         updates = iteration - skipped_steps
         is_wrapped = model.training_dtype != "fp32" or model.config.get("zero_stage")
         is_v1 = model.config.ledger.neox_version == "v1.0"
@@ -118,7 +125,7 @@ def import_step(
     """
     iteration = model.iteration(step)
     kept: list[Measurements] = []
-    findings = require_no_proof(source, model, step, keep=kept.append)
+    findings = require_good(source, model, step, keep=kept.append)
     downloaded = open_downloaded(source, model.settings, iteration=iteration)
     with new_directory(destination, "convert") as temporary:
         directory = temporary / f"global_step{iteration}"
@@ -127,6 +134,11 @@ def import_step(
             write_atomically(directory / "configs" / name, text)
         stored = downloaded.stored
         if stored is not None and has_optimizer(stored):
+            if skipped_steps:
+                raise ConfigError(
+                    f"--skipped-steps {skipped_steps}: {source} says itself how many there were; "
+                    "leave it out"
+                )
             notices = _take_as_it_is(stored, directory)
             adam_step = None
             learning_rate_step = _stored_count(stored, iteration)
@@ -195,12 +207,23 @@ def import_with_moments_of(
     theirs = open_downloaded(neox, model.settings, iteration=iteration)
     if theirs.stored is None or not has_optimizer(theirs.stored):
         raise CheckpointError(f"{neox} holds no optimizer state to take moments from")
-    require_no_proof(source, model, step)
+    require_good(source, model, step)
     _require_same_weights(open_downloaded(source, model.settings, iteration=iteration), theirs)
     return import_step(neox, destination, model, step)
 
 
-def require_no_proof(
+def require_no_moments(source: Path, model: ReleasedModel, step: int) -> None:
+    """Refuse NeoX's files with optimizer state where other moments are asked for.
+
+    Raises:
+        ConfigError: it has some.
+    """
+    stored = open_downloaded(source, model.settings, iteration=model.iteration(step)).stored
+    if stored is not None and has_optimizer(stored):
+        raise ConfigError(f"{source} has moments of its own; leave --moments out to take them")
+
+
+def require_good(
     source: Path,
     model: ReleasedModel,
     step: int,
@@ -216,15 +239,16 @@ def require_no_proof(
         keep: given what was measured of its tensors.
 
     Raises:
-        CheckpointError: its content proves it wrong.
+        CheckpointError: its content proves it wrong, or something can't be read.
     """
     findings = check_release(source, model, step, keep=keep)
-    proofs = wrong(findings)
-    if proofs:
-        raise CheckpointError(
-            f"{source} is not {model.name} step {step}: "
-            + "; ".join(finding.text for finding in proofs)
-        )
+    for kind, what in (("wrong", "is not"), ("unknown", "could not be checked as")):
+        reasons = [finding.text for finding in findings if finding.kind == kind]
+        if reasons:
+            raise CheckpointError(
+                f"{source} {what} {model.name} step {step}: {'; '.join(reasons)}. Nothing was "
+                "written"
+            )
     return findings
 
 

@@ -80,6 +80,8 @@ class ReleasedModel:
         Raises:
             ConfigError: there was no such step.
         """
+        if step < 0:
+            raise ConfigError(f"{self.name} has no step {step}: steps count from 0")
         iteration, rest = divmod(step, self.steps_per_iteration)
         if rest:
             raise ConfigError(

@@ -23,13 +23,12 @@ import yaml
 from megatron.base.errors import CheckpointError, ConfigError
 from megatron.checkpoint.parameter_state import ParameterStates, open_parameter_states
 from megatron.checkpoint.stored import StoredCheckpoint, read_model_facts
-from megatron.cli.pythia.checks import has_optimizer
-from megatron.cli.pythia.downloaded import open_downloaded
 from megatron.cli.pythia.importing import (
     Imported,
     Moments,
     import_step,
-    require_no_proof,
+    require_good,
+    require_no_moments,
     write_start_of_warm_up,
 )
 from megatron.cli.pythia.models import ReleasedModel, model_of_files
@@ -83,15 +82,15 @@ def import_warm(
     """
     iteration = model.iteration(step)
     if not 1 <= num_steps <= iteration:
-        raise ConfigError(f"warm:{num_steps}: there are {iteration} batches before step {step}")
+        raise ConfigError(
+            f"warm:{num_steps}: K must be 1 to {iteration}, the batches before step {step}"
+        )
     folder = destination.with_name(f"{destination.name}.warm-up")
     for path in (destination, folder):
         if path.exists():
             raise CheckpointError(f"{path} exists already; name a directory that doesn't")
-    require_no_proof(source, model, step)
-    stored = open_downloaded(source, model.settings, iteration=iteration).stored
-    if stored is not None and has_optimizer(stored):
-        raise ConfigError(f"{source} has moments of its own; leave --moments out to take them")
+    require_good(source, model, step)
+    require_no_moments(source, model, step)
     folder.mkdir(parents=True)
     config_file = folder / "warm-up.yml"
     keys = _keys([*model.files, *launch_files], folder, iteration)
