@@ -13,6 +13,7 @@ from megatron.checkpoint.structure import checksum_problems, structural_problems
 from megatron.ledger.checkpoint_choice import in_one_line, quick_problem
 from megatron.ledger.manifest import (
     MANIFEST_FILE,
+    Manifest,
     digest_problems,
     read_manifest,
     share_by_size,
@@ -20,6 +21,8 @@ from megatron.ledger.manifest import (
 )
 
 __all__ = ["problem_without_bytes", "verify_together"]
+
+_DAMAGED = f"a damaged {MANIFEST_FILE}"
 
 
 def verify_together(
@@ -51,11 +54,14 @@ def verify_together(
         )
         return [] if problem is None else [problem]
 
-    first_look = gather((_view(checkpoint), _caught(look) if rank == 0 else []))
+    view, manifest = _view(checkpoint)
+    first_look = gather((view, _caught(look) if rank == 0 else []))
     problem = _difference([view for view, _ in first_look]) or in_one_line(first_look[0][1])
+    if problem is None and view == _DAMAGED:
+        problem = view  # and sound again when rank 0 looked a second time: not to be trusted
     if problem is not None:
         return problem
-    of_ranks = gather(_caught(lambda: _problems_of_share(checkpoint, rank, world_size)))
+    of_ranks = gather(_caught(lambda: _problems_of_share(checkpoint, manifest, rank, world_size)))
     return in_one_line(list(dict.fromkeys(one for problems in of_ranks for one in problems)))
 
 
@@ -69,17 +75,17 @@ def problem_without_bytes(
     return problem
 
 
-def _view(checkpoint: Path) -> str:
-    """Say which checkpoint this rank sees."""
+def _view(checkpoint: Path) -> tuple[str, Manifest | None]:
+    """Say which checkpoint this rank sees, and return its manifest if it has a sound one."""
     if not checkpoint.is_dir():
-        return "no such directory"
+        return "no such directory", None
     try:
         manifest = read_manifest(checkpoint)
     except (MegatronError, OSError):
-        return f"a damaged {MANIFEST_FILE}"
+        return _DAMAGED, None
     if manifest is None:
-        return f"no {MANIFEST_FILE}"
-    return f"the {MANIFEST_FILE} of commit {manifest.sequence}"
+        return f"no {MANIFEST_FILE}", None
+    return f"the {MANIFEST_FILE} of commit {manifest.sequence}", manifest
 
 
 def _difference(views: Sequence[str]) -> str | None:
@@ -93,8 +99,9 @@ def _difference(views: Sequence[str]) -> str | None:
     return None
 
 
-def _problems_of_share(checkpoint: Path, rank: int, world_size: int) -> list[str]:
-    manifest = read_manifest(checkpoint)
+def _problems_of_share(
+    checkpoint: Path, manifest: Manifest | None, rank: int, world_size: int
+) -> list[str]:
     if manifest is not None:
         return digest_problems(checkpoint, manifest, share_of_files(manifest, rank, world_size))
     return checksum_problems(checkpoint, share_by_size(torch_files(checkpoint), rank, world_size))
