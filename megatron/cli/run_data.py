@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.base.errors import ConfigError
+from megatron.base.errors import ConfigError, DatasetError
 from megatron.cli.wanted_launch import requested_counts, stream_settings
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.load import RunConfig
@@ -20,14 +22,22 @@ from megatron.engine.agreement import together
 from megatron.engine.consumed import ConsumedDigests
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.steps import BatchFormat, MicroBatchSource
+from megatron.ledger.ledger_file import DatasetNote
 from megatron.ledger.planning.inputs import StreamName
 from megatron.ledger.planning.resume_plan import ResumePlan
 from megatron.stream.descriptions import map_names, open_order
+from megatron.stream.identity import DatasetIdentity
 from megatron.stream.sample_stream import Stream
 from megatron.stream.segments import Segment
 from megatron.stream.stream_settings import DatasetFiles, identify_datasets
 
-__all__ = ["RunData", "TokenizerFacts", "look_at_tokenizer", "open_run_data"]
+__all__ = [
+    "RunData",
+    "TokenizerFacts",
+    "builders_per_node",
+    "look_at_tokenizer",
+    "open_run_data",
+]
 
 
 @dataclass(frozen=True)
@@ -201,12 +211,16 @@ class _SegmentReader:
 def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) -> RunData:
     """Open the planned streams; index maps are built by one rank while the others wait.
 
+    With ``use_shared_fs: false`` one rank of every node builds that node's.
+
     Raises:
         MegatronError: on every rank, if any of them cannot open its part.
     """
-    # With `use_shared_fs: false` every node needs its own copy of the maps.
-    is_builder = groups.rank == 0 if config.training.use_shared_fs else groups.local_rank == 0
     reads = groups.topology.reads_data(groups.place)
+    is_builder = groups.rank == 0
+    if not config.training.use_shared_fs:
+        looks = groups.gather((groups.local_rank, reads))
+        is_builder = groups.rank in builders_per_node(*zip(*looks, strict=True))
 
     def look() -> TokenizerFacts | None:
         return look_at_tokenizer(config) if groups.rank == 0 else None
@@ -228,14 +242,44 @@ def open_run_data(config: RunConfig, groups: ProcessGroups, plan: ResumePlan) ->
     return RunData(config, groups, plan, tokenizer, streams, layouts)
 
 
+def builders_per_node(local_ranks: Sequence[int], reads: Sequence[bool]) -> set[int]:
+    """Return the first rank of each node that reads data; a node without one needs no index maps.
+
+    Args:
+        local_ranks: of every rank, in rank order; a node's ranks follow each other, from 0.
+        reads: whether each rank reads data.
+
+    Example:
+        >>> sorted(builders_per_node([0, 1, 0, 1], [False, True, True, True]))
+        [1, 2]
+    """
+    builders = set()
+    is_built = False
+    for rank, (local_rank, does_read) in enumerate(zip(local_ranks, reads, strict=True)):
+        is_built = is_built and local_rank != 0
+        if does_read and not is_built:
+            builders.add(rank)
+            is_built = True
+    return builders
+
+
 def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str, Stream]:
+    """Open the planned streams from what this node's files are.
+
+    Raises:
+        DatasetError: they are not what the plan, which rank 0 made, reads.
+    """
     settings = stream_settings(config)
     identities = identify_datasets(settings, records=plan.datasets)
     names = map_names(settings, requested_counts(config), identities)
+    located = {identity.digest: files for files, identity in identities.items()}
 
     def locate(dataset: str) -> DatasetFiles:
-        note = plan.datasets[dataset]
-        return DatasetFiles(note.path, note.companions.get("label"))
+        if dataset not in located:
+            raise DatasetError(_other_data(plan.datasets[dataset], dataset, identities))
+        files = located[dataset]
+        label = None if files.label is None else str(Path(files.label).resolve())
+        return DatasetFiles(str(Path(files.prefix).resolve()), label)
 
     return {
         split: open_order(
@@ -249,3 +293,19 @@ def _open(config: RunConfig, plan: ResumePlan, *, is_builder: bool) -> dict[str,
         for split, planned in plan.streams.items()
         if planned.is_read
     }
+
+
+def _other_data(
+    note: DatasetNote, dataset: str, identities: Mapping[DatasetFiles, DatasetIdentity]
+) -> str:
+    """Say what lies on this node instead of a planned dataset."""
+    there = "; ".join(
+        f"{files.prefix}: {one.num_documents} documents, {one.num_tokens} tokens, content "
+        f"{one.digest[:12]}"
+        for files, one in identities.items()
+    )
+    return (
+        f"{socket.gethostname()} has other data than the node of rank 0, whose {note.path} has "
+        f"{note.num_documents} documents, {note.num_tokens} tokens, content {dataset[:12]}. Here "
+        f"is {there}. Copy the same files to every node"
+    )

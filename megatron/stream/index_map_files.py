@@ -176,9 +176,9 @@ def open_map_files(request: MapRequest[_Maps]) -> _Maps:
         logger.debug("index maps %s: %s", stem, problem)
     raise DatasetError(
         f"the index maps {request.stem}_*.npy are missing or do not fit {request.sources[0]}: "
-        "the process that builds them failed, works on another file system "
-        "(use_shared_fs: false), or another job replaced them (same dataset, other split); "
-        "start again"
+        "the process that builds them failed, or works on a file system of its own (then set "
+        "use_shared_fs: false), or another job replaced them (same dataset, other split); start "
+        "again"
     )
 
 
