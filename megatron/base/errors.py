@@ -11,6 +11,8 @@ A message says what is wrong, the numbers, where (file, key, step, rank) and wha
 A bad argument of a function is an ordinary ValueError.
 """
 
+from megatron.base.exit_codes import FAILED
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -27,6 +29,8 @@ class MegatronError(Exception):
     teller: int | None = None
     """Of an error that all ranks raise together, the rank that tells the user; None: each its own.
     """
+    exit_code: int = FAILED
+    """Status of a process that ends by it."""
 
 
 class ConfigError(MegatronError, ValueError):

@@ -93,6 +93,8 @@ class Saver:
             engine.basic_optimizer.register_step_pre_hook(self._await_copy)
         self.committed_step: int | None = None
         """Of the last checkpoint known to be committed, on every rank."""
+        self.slowest_s: float | None = None
+        """Seconds that the longest complete save took from beginning to end, as rank 0 saw it."""
 
     @property
     def is_in_flight(self) -> bool:
@@ -208,6 +210,19 @@ class Saver:
         """Whether, as far as this rank knows, the directory is still this job's."""
         return self._lease is None or self._lease.still_held()
 
+    def why_lost(self) -> str | None:
+        """Return who has taken the directory over, if the heartbeat has found that; costs nothing.
+
+        None on other ranks than the one that holds the lease.
+        """
+        if self._lease is None or not self._lease.is_lost:
+            return None
+        try:
+            self._lease.require_held()
+        except (OSError, RunDirectoryError) as error:
+            return str(error)
+        return None
+
     def _await_copy(self, *_: object) -> None:
         """Keep the optimizer from changing what is still being copied."""
         if self._flight is not None:
@@ -252,6 +267,7 @@ class Saver:
             reports = self._gather(self._report(flight, is_given_up=True))
         elif all(report.is_over for report in reports):
             self._flight = None
+            self.slowest_s = max(self.slowest_s or 0.0, flight.took_s)
         if reports[0].is_committed:
             self.committed_step = flight.step
         require_agreement(None, lambda _: [report.problem for report in reports])
@@ -302,6 +318,7 @@ class Saver:
             if not flight.cancelled.is_set():
                 flight.problem = flight.problem or _described(error)
         finally:
+            flight.took_s = time.monotonic() - flight.began
             flight.copied.set()
             flight.files_written.set()
             flight.over.set()
@@ -383,6 +400,8 @@ class _Flight:
     problem: str | None = None
     manifest: Manifest | None = None  # on rank 0, once committed
     is_noted: bool = False
+    began: float = field(default_factory=time.monotonic)
+    took_s: float = 0.0  # on rank 0 until it was committed, and copied to s3_path
 
     def stop(self) -> None:
         """Give it up, and wait until this rank writes no more."""

@@ -8,34 +8,27 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron.base.errors import MegatronError
-from megatron.engine.termination import Terminated, end_by
 
 __all__ = ["end_rank", "run_command"]
 
 _TELLER_ENDS_FIRST_S = 2.0
 
 
-def run_command(command: Callable[[], None]) -> int:
-    """Run ``command`` and return the process's exit status.
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run ``command`` and return the process's exit status: what it returns, or 0.
 
     An error of ours is a message for the user, printed without a traceback: what, the numbers,
     where, what next. What all ranks know is told by one of them, and that one ends first, so that
-    launchers take its words for the cause. Anything else is a defect and keeps its traceback. Who
-    was told to end by a signal ends by it.
+    launchers take its words for the cause. Anything else is a defect and keeps its traceback.
     """
     try:
-        command()
-    except Terminated as terminated:
-        if _is_told_here(terminated):
-            print(terminated, file=sys.stderr, flush=True)  # noqa: T201 - the message
-        end_by(terminated.number)
+        return command() or 0
     except MegatronError as error:
         if not _is_told_here(error):
             time.sleep(_TELLER_ENDS_FIRST_S)
-            return 1
-        print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
-        return 1
-    return 0
+        else:
+            print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
+        return error.exit_code
 
 
 def end_rank(status: int) -> NoReturn:

@@ -12,6 +12,7 @@ from megatron.config.run_config import RunConfig
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
 from megatron.engine.saving import RunSaver
+from megatron.engine.stop_signals import stop_signals
 from megatron.ledger.lease import Lease
 
 __all__ = ["open_saver"]
@@ -68,6 +69,7 @@ def open_saver(
         journal,
         goes_on_without=config.ledger.on_save_error == "continue",
         say=print_rank_0,
+        signals=stop_signals(),
         more_state=more_state,
     )
 

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 
 from megatron.base.errors import MegatronError
+from megatron.base.exit_codes import CANNOT_LAUNCH
+from megatron.base.progress import progress_of_this_process
+from megatron.base.startup import StartUp
 from megatron.cli.resume_plan import PlannedLaunch
 from megatron.cli.run_check import RunCheck
 from megatron.cli.run_data import open_run_data
 from megatron.cli.run_ledger import open_journal
 from megatron.cli.run_reports import build_reporter
+from megatron.cli.run_stopping import open_stopping
 from megatron.cli.saved_state import Checkpoints
 from megatron.config.load import RunConfig
 from megatron.config.transport import load_transported
@@ -24,9 +28,10 @@ from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect,
 from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizer_numerics import OptimizerNumerics
 from megatron.engine.optimizers import build_optimizer
+from megatron.engine.progress_reports import HangLimits, Phases
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
-from megatron.engine.termination import Terminated
+from megatron.engine.stop_signals import stop_signals
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
@@ -43,14 +48,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat
 
 def main(
     input_args: Sequence[str] | None = None, overwrite_values: Mapping[str, Any] | None = None
-) -> None:
+) -> int:
     """Train as the transported configuration says; NeoX's entry point of ``train.py``.
 
     Args:
         input_args: command line, ``sys.argv[1:]`` if None: what ``deepy.py`` passes to ranks.
         overwrite_values: keys that win over the configuration.
+
+    Returns:
+        The exit status: 0, or that of a run that was told to stop.
     """
-    train(load_transported(input_args, overwrite_values), rank_environment())
+    startup = StartUp.of_this_process()
+    startup.enter("configuration")
+    config = load_transported(input_args, overwrite_values)
+    return train(config, rank_environment(), startup=startup).exit_code
 
 
 def train(
@@ -58,20 +69,33 @@ def train(
     environment: RankEnvironment,
     *,
     on_loss: Callable[[float], None] = lambda loss: None,
+    startup: StartUp | None = None,
 ) -> StopReason:
     """Train on this rank, together with all others of ``environment``.
+
+    Signals that ask to stop end the process at once until the loop begins, and are told by the
+    result from then on.
 
     Args:
         config: the resolved configuration.
         environment: this rank's number and how to find the others.
         on_loss: told every step's loss.
+        startup: of this process; None: it has begun just now.
 
     Raises:
         MegatronError: before anything is built, if data, checkpoint and configuration don't fit.
     """
     with contextlib.ExitStack() as stack:
-        ready = prepare(config, environment, stack, on_loss=on_loss)
+        signals = stop_signals()
+        signals.begin()
+        stack.callback(signals.end)
+        try:
+            ready = prepare(config, environment, stack, on_loss=on_loss, startup=startup)
+        except MegatronError as error:
+            error.exit_code = CANNOT_LAUNCH
+            raise
         journal = ready.training.journal
+        signals.keep()
         try:
             reason = run(ready.training, ready.settings, first_step=ready.first_step)
             if journal is not None:
@@ -81,8 +105,7 @@ def train(
                 with contextlib.suppress(
                     MegatronError, OSError
                 ):  # the first error is the one to tell
-                    terminated = isinstance(error, Terminated)
-                    journal.close("terminated" if terminated else f"failed: {type(error).__name__}")
+                    journal.close(f"failed: {type(error).__name__}")
             raise
         if journal is not None:
             journal.close(reason.value)
@@ -104,12 +127,23 @@ def prepare(
     stack: contextlib.ExitStack,
     *,
     on_loss: Callable[[float], None] = lambda loss: None,
+    startup: StartUp | None = None,
 ) -> PreparedTraining:
     """Connect, open data, build the model, load; what must be closed is put on ``stack``."""
+    startup = startup or StartUp.from_now("start")
+    phases = Phases(progress_of_this_process(), HangLimits(config.ledger.hang_timeout))
+
+    def begin(phase: str) -> None:
+        startup.enter(phase)
+        phases.enter(phase)
+
+    begin("connect")
     groups = connect(environment, config.topology, backend=config.other.distributed_backend)
+    begin("verify")
     checkpoints = Checkpoints.open(config, groups)
     stack.callback(checkpoints.close)
     launch = checkpoints.launch
+    begin("data")
     data = open_run_data(config, groups, launch.plan)
     facts = together(groups, functools.partial(checkpoints.facts, data.tokenizer.vocab_size))
     settings = together(groups, functools.partial(_model_settings, config, facts))
@@ -120,10 +154,15 @@ def prepare(
         config.other.seed,
         partition_activations=config.training.partition_activations,
     )
+    begin("model")
     module = _build_module(config, groups, settings, tensor_parallel, loss_function)
+    begin("load")
     checkpoints.load_weights(module, settings, facts)
+    begin("engine")
     engine, gradient_norm = _build_engine(config, groups, module, launch.plan.train_iters)
+    begin("load")
     step = checkpoints.load_state(engine, settings, facts)
+    begin("record")
     reporter = build_reporter(config, groups, facts, launch.plan.train_iters)
     stack.callback(reporter.close)
     sources = data.open_sources(stack, vocabulary_rows=facts.padded_vocab_size)
@@ -135,6 +174,14 @@ def prepare(
         groups,
         lambda: open_journal(config, groups, launch, checkpoints.stored_facts(facts), sources),
     )
+    saving = checkpoints.saver(engine, facts, journal, check)
+    stopping = open_stopping(
+        groups,
+        saving,
+        stop_signals(),
+        exit_duration_in_mins=config.ledger.exit_duration_in_mins,
+    )
+    stack.callback(stopping.close)
     training = Training(
         engine=engine,
         groups=groups,
@@ -144,9 +191,11 @@ def prepare(
         test_batches=sources["test"],
         gradient_norm=gradient_norm,
         reporter=reporter,
+        stopping=stopping,
         journal=journal,
-        saving=checkpoints.saver(engine, facts, journal, check),
+        saving=saving,
         on_loss=on_loss,
+        startup=startup,
     )
     return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)
 

@@ -6,6 +6,8 @@ assembly         planned layers -> DeepSpeed engine with our optimizer and sched
 steps            one training step, one evaluation
 loop             steps, saves and evaluations in NeoX's order
 saving           what a save records, and what a failed one means
-termination      SIGTERM while a checkpoint is being written
+stop_signals     what signals ask of this process
+stopping         all ranks end after the same step
+time_limit       a stop before time is up
 reports          console lines, TensorBoard, Weights & Biases
 """

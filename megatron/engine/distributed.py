@@ -22,6 +22,9 @@ __all__ = ["ProcessGroups", "RankEnvironment", "connect", "rank_environment"]
 
 _SMALL_OBJECT = 1024  # bytes; digests of ten steps are a third of it
 _LENGTH_BYTES = 4
+_CONTROL_TIMEOUT = datetime.timedelta(hours=6)
+"""In decisions, ranks wait for the disk of one of them: index maps, every byte of a checkpoint.
+That a rank hangs is found sooner, by the watchdog."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class ProcessGroups:
     def model(self) -> Any:
         """Ranks that together hold one copy of the model: all stages and tensor ranks."""
         return self.grid.get_model_parallel_group()
+
+    @property
+    def store(self) -> Any:
+        """torch.distributed's store: what one rank writes, every rank can read."""
+        return torch.distributed.distributed_c10d._get_default_store()
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -171,5 +179,5 @@ def connect(
         local_rank=environment.local_rank,
         device=torch.device(accelerator.device_name(environment.local_rank)),
         grid=grid,
-        control=torch.distributed.new_group(backend="gloo"),
+        control=torch.distributed.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT),
     )

@@ -3,15 +3,17 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from megatron.base.errors import CheckpointError, MegatronError
+from megatron.base.errors import CheckpointError, MegatronError, RunDirectoryError
+from megatron.base.exit_codes import FINISHED, STOPPED
+from megatron.base.startup import StartUp
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
 from megatron.engine.reports import Reporter
 from megatron.engine.saving import RunSaver
 from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
+from megatron.engine.stopping import Stop, Stopping
 from megatron.ledger.attempts import EvaluationRecord, StepRecord
 
 __all__ = ["DivergenceError", "LoopSettings", "StopReason", "Training", "run"]
@@ -23,11 +25,16 @@ class DivergenceError(MegatronError):
     """The fp16 loss scale found no value at which gradients are finite."""
 
 
-class StopReason(Enum):
+@dataclass(frozen=True)
+class StopReason:
     """Why the loop ended."""
 
-    FINISHED = "finished"  # train_iters steps are done
-    EXIT_INTERVAL = "exit_interval"  # stopped where the configuration says, without a save
+    value: str  # as the attempt's record says it
+    exit_code: int = FINISHED
+
+
+_FINISHED = StopReason("finished")  # train_iters steps are done
+_EXIT_INTERVAL = StopReason("exit_interval")  # where the configuration says, without a save
 
 
 @dataclass(frozen=True)
@@ -54,27 +61,29 @@ class Training:
     test_batches: MicroBatchSource | None
     gradient_norm: Callable[[], float | None]
     reporter: Reporter
+    stopping: Stopping
     journal: Journal | None  # None: the run isn't saved, and so nothing is recorded
     saving: RunSaver | None  # None: the run isn't saved
     on_loss: Callable[[float], None]
+    startup: StartUp  # of this process; over when the first step is done
 
 
 def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopReason:
-    """Train from ``first_step`` to ``train_iters``.
+    """Train from ``first_step`` to ``train_iters``, or until a stop; then all is saved.
 
     A save in flight is waited for, whether training ends well or not.
 
     Raises:
         CheckpointError: a checkpoint could not be saved.
         DivergenceError: too many fp16 overflows in a row.
-        RunDirectoryError: what was read isn't what the lineage says.
-        Terminated: SIGTERM came while a checkpoint was written.
+        RunDirectoryError: what was read isn't what the lineage says, or the run directory is
+            another job's now.
     """
     try:
         return _train(training, settings, first_step)
-    except BaseException as error:
+    except BaseException:
         if training.saving is not None:
-            training.saving.settle(error)
+            training.saving.settle()
         raise
 
 
@@ -82,12 +91,19 @@ def _train(training: Training, settings: LoopSettings, first_step: int) -> StopR
     saving = training.saving
     training.reporter.start(first_step - 1)
     if first_step == 1 and saving is not None and settings.is_save_step(0):
+        training.startup.enter("first save")
         saving.save(0, False)
     if settings.evaluates_first:
-        _evaluate_validation(training, settings, first_step - 1)
+        training.startup.enter("evaluation")
+        _, stop = _evaluate_validation(training, settings, first_step - 1)
+        if stop is not None:
+            return _stop(training, stop, first_step - 1, is_saved=True)
+    training.startup.enter("first step")
     skips_in_a_row = 0
     for step in range(first_step, settings.train_iters + 1):
         record, loss_scale = _take_step(training, step)
+        if step == first_step:
+            _note_startup(training)
         skips_in_a_row = skips_in_a_row + 1 if record.skipped else 0
         if skips_in_a_row >= MAX_CONSECUTIVE_SKIPS:
             raise DivergenceError(
@@ -96,21 +112,27 @@ def _train(training: Training, settings: LoopSettings, first_step: int) -> StopR
                 "or train in bfloat16"
             )
         training.reporter.step(record, loss_scale=loss_scale)
+        stop = training.stopping.beat()
         if saving is not None:
             saving.poll()
-        is_evaluated = bool(settings.eval_interval) and step % settings.eval_interval == 0
-        if saving is not None and settings.is_save_step(step):
-            saving.save(step, is_evaluated and training.valid_batches is not None)
-        if is_evaluated:
-            _evaluate_validation(training, settings, step)
+        evaluation_due = (
+            bool(settings.eval_interval)
+            and step % settings.eval_interval == 0
+            and training.valid_batches is not None
+        )
+        if saving is not None and settings.is_save_step(step) and not _is_failure(stop):
+            saving.save(step, evaluation_due)
+        if evaluation_due and stop is None:
+            evaluation_due, stop = _evaluate_validation(training, settings, step)
+        if stop is not None:
+            return _stop(training, stop, step, evaluation_due=evaluation_due)
         if settings.exit_interval and step % settings.exit_interval == 0:
             if saving is not None:
                 saving.finish()
             training.groups.barrier()
             training.reporter.line(f"stopping at iteration {step}: exit_interval is reached")
-            return StopReason.EXIT_INTERVAL
-    _finish(training, settings, is_loaded=settings.train_iters == first_step - 1)
-    return StopReason.FINISHED
+            return _EXIT_INTERVAL
+    return _finish(training, settings, is_loaded=settings.train_iters == first_step - 1)
 
 
 def _take_step(training: Training, step: int) -> tuple[StepRecord, float | None]:
@@ -135,11 +157,23 @@ def _take_step(training: Training, step: int) -> tuple[StepRecord, float | None]
     return record, engine.optimizer.loss_scale if engine.fp16_enabled() else None
 
 
-def _evaluate_validation(training: Training, settings: LoopSettings, step: int) -> None:
+def _note_startup(training: Training) -> None:
+    training.startup.finish()
+    training.reporter.line(f"{training.startup}")
+    if training.journal is not None:
+        training.journal.started(training.startup.seconds)
+
+
+def _evaluate_validation(
+    training: Training, settings: LoopSettings, step: int
+) -> tuple[bool, Stop | None]:
+    """Evaluate; return whether that is still due, and why to stop now, if there is a reason."""
     if training.valid_batches is None:
-        return
-    loss = _evaluate(training, "valid", training.valid_batches, settings, step)
-    training.reporter.evaluation("validation", loss, step=step, when=f"iteration {step}")
+        return False, None
+    loss, stop = _evaluate(training, "valid", training.valid_batches, settings, step)
+    if loss is not None:
+        training.reporter.evaluation("validation", loss, step=step, when=f"iteration {step}")
+    return loss is None, stop
 
 
 def _evaluate(
@@ -150,16 +184,28 @@ def _evaluate(
     step: int,
     *,
     at_end: bool = False,
-) -> float:
+) -> tuple[float | None, Stop | None]:
+    """Return the loss, and why to stop now; without a loss if that came before the last batch.
+
+    An evaluation that isn't done is as if it had never begun.
+    """
     position = batches.position
+    stop: Stop | None = None
+
+    def goes_on() -> bool:
+        nonlocal stop
+        stop = training.stopping.beat()
+        return stop is None
+
     loss = evaluate(
         training.engine,
         batches,
         training.loss_function,
         training.groups,
         iterations=settings.eval_iters,
+        goes_on=goes_on,
     )
-    if training.journal is not None:
+    if training.journal is not None and loss is not None:
         record = EvaluationRecord(
             stream=stream,
             after_step=step,
@@ -170,29 +216,81 @@ def _evaluate(
             at_end=at_end,
         )
         training.journal.evaluation(record)
-    return loss
+    return loss, stop
 
 
-def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> None:
+def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> StopReason:
     """Evaluate once more; these evaluations move no cursor, so that a run can be extended."""
-    step = settings.train_iters
+    step, saving = settings.train_iters, training.saving
+    is_saved = is_loaded or step == 0
     if training.valid_batches is not None:
-        loss = _evaluate(training, "valid", training.valid_batches, settings, step, at_end=True)
-        when = "the end of training for val data"
-        training.reporter.evaluation("validation", loss, step=step, when=when)
-    saving = training.saving
-    if saving is not None and step > 0 and not is_loaded:
+        loss, stop = _evaluate(
+            training, "valid", training.valid_batches, settings, step, at_end=True
+        )
+        if loss is not None:
+            when = "the end of training for val data"
+            training.reporter.evaluation("validation", loss, step=step, when=when)
+        if stop is not None:
+            return _stop(training, stop, step, is_saved=is_saved)
+    if saving is not None and not is_saved:
         saving.finish()
         if saving.committed_step != step:
             saving.save(step, False)
     if training.test_batches is not None:
-        loss = _evaluate(training, "test", training.test_batches, settings, step, at_end=True)
-        when = "the end of training for test data"
-        training.reporter.evaluation("test", loss, step=step, when=when)
+        loss, stop = _evaluate(training, "test", training.test_batches, settings, step, at_end=True)
+        if loss is not None:
+            when = "the end of training for test data"
+            training.reporter.evaluation("test", loss, step=step, when=when)
+        if stop is not None:
+            return _stop(training, stop, step, is_saved=is_saved)
     if saving is not None:
         saving.finish()
-        if step > 0 and not is_loaded and saving.committed_step != step:
+        if not is_saved and saving.committed_step != step:
             raise CheckpointError(
                 f"training is done, but its last checkpoint, of step {step}, could not be saved; "
                 "start the same command again when it can"
             )
+    return _FINISHED
+
+
+def _stop(
+    training: Training,
+    stop: Stop,
+    step: int,
+    *,
+    evaluation_due: bool = False,
+    is_saved: bool = False,
+) -> StopReason:
+    """Save, and tell why training ends here.
+
+    Args:
+        training: of this rank.
+        stop: why.
+        step: the last one done.
+        evaluation_due: an evaluation after ``step`` is still to be done.
+        is_saved: what there is to save was loaded.
+    """
+    if stop.error is not None:
+        error = RunDirectoryError(stop.error)
+        error.teller = 0
+        raise error
+    saving = training.saving
+    told = f" ({stop.told})" if stop.told else ""
+    training.reporter.line(f"stopping at iteration {step}: {stop.reason}{told}")
+    if saving is not None:
+        saving.finish()
+        if not is_saved and saving.committed_step != step:
+            saving.save(step, evaluation_due)
+            saving.finish()
+            if saving.committed_step != step:
+                raise CheckpointError(
+                    f"stopped at step {step} ({stop.reason}), but its checkpoint could not be "
+                    "saved; the steps since the last one are done again"
+                )
+        training.reporter.line(f"stopped at iteration {step}; the same command goes on from there")
+    training.groups.barrier()
+    return StopReason(stop.reason, STOPPED)
+
+
+def _is_failure(stop: Stop | None) -> bool:
+    return stop is not None and stop.error is not None

@@ -125,16 +125,31 @@ def evaluate(
     groups: ProcessGroups,
     *,
     iterations: int,
-) -> float:
-    """Return the mean loss over ``iterations`` global batches; nothing of the model changes."""
-    losses = []
-    for _ in range(iterations):
+    goes_on: Callable[[], bool] = lambda: True,
+) -> float | None:
+    """Return the mean loss over ``iterations`` global batches; nothing of the model changes.
+
+    Args:
+        engine: DeepSpeed's.
+        batches: what is evaluated.
+        loss_function: of logits and labels.
+        groups: of this rank.
+        iterations: number of global batches.
+        goes_on: asked after each of them; False, on all ranks, ends the evaluation.
+
+    Returns:
+        None if it ended before the last batch.
+    """
+    losses: list[float] = []
+    while len(losses) < iterations:
         if groups.topology.uses_pipeline_engine:
             losses.append(float(engine.eval_batch(batches)))
         else:
             losses.append(_sequential_loss(engine, batches, loss_function, groups))
+        if not goes_on():
+            break
     engine.train()
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if len(losses) == iterations else None
 
 
 def _sequential_loss(

@@ -1,17 +1,19 @@
-"""Whether SLURM says that a job, as often as it was requeued, has ended.
+"""What SLURM says of jobs: whether one, as often as it was requeued, has ended; when it will end.
 
-Only a clear yes counts. Where SLURM isn't there, doesn't answer in time or is of another cluster,
-nothing is known.
+Only a clear answer counts. Where SLURM isn't there, doesn't answer in time or is of another
+cluster, nothing is known.
 """
 
+import datetime
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["SlurmJob"]
+__all__ = ["SlurmJob", "end_of_job"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +70,37 @@ class SlurmJob:
         return any(lines) and all(line.split()[0] in _ENDED for line in lines if line.strip())
 
 
+def end_of_job(environ: Mapping[str, str]) -> float | None:
+    """Return when the job of this process will be at its time limit, in seconds since the epoch.
+
+    ``squeue`` is asked first, for a limit can be changed; where it gives no answer, what SLURM told
+    the job at its start is taken. None outside of SLURM, or without a limit.
+    """
+    job = SlurmJob.of_environment(environ)
+    if job is None:
+        return None
+    told = environ.get("SLURM_JOB_END_TIME", "")
+    answer = _run("squeue", "-h", "-j", job.job_id, "-o", "%e")
+    if answer:
+        try:
+            return datetime.datetime.fromisoformat(answer).timestamp()  # local time, as SLURM's
+        except ValueError:
+            return None  # "N/A", "NONE": without a limit
+    return float(told) if told.isdecimal() else None
+
+
 def _run(*command: str) -> str | None:
     """Return what a command printed; None if it isn't there, fails or takes too long."""
     if shutil.which(command[0]) is None:
         return None
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},
         )
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
         logger.debug("%s gave no answer: %s", command[0], error)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.base.exit_codes import CANNOT_LAUNCH
 from megatron.cli import deepy, exit_status
 from megatron.cli.exit_status import run_command
 from megatron.cli.train import train
@@ -100,7 +101,7 @@ def train_in_forked_ranks(directory: Path, **keys: Any) -> list[RankEnd]:
         losses: list[float] = []
         stderr = io.StringIO()
         with contextlib.redirect_stderr(stderr):
-            status = run_command(lambda: train(config, me, on_loss=losses.append))
+            status = run_command(lambda: train(config, me, on_loss=losses.append).exit_code)
         return RankEnd(status, stderr.getvalue(), losses)
 
     return run_ranks(rank, world_size, directory)
@@ -108,7 +109,7 @@ def train_in_forked_ranks(directory: Path, **keys: Any) -> list[RankEnd]:
 
 def the_one_message(ends: Sequence[RankEnd], *, teller: int = 0) -> str:
     """Return what the run failed with: every rank fails before its first step, and one says why."""
-    assert all(end.status == 1 for end in ends)
+    assert all(end.status == CANNOT_LAUNCH for end in ends)
     assert all(end.losses == [] for end in ends)
     lines = [line for end in ends for line in end.stderr.splitlines()]
     assert lines == ends[teller].stderr.splitlines()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.base.exit_codes import CANNOT_LAUNCH
 from tests.cli.bad_runs import config_file, write_dataset
 
 pytestmark = pytest.mark.launcher
@@ -33,7 +34,7 @@ def test_a_missing_dataset_ends_four_ranks_with_one_message(tmp_path):
     write_dataset(tmp_path / "text")
     (tmp_path / "text.bin").unlink()
     ended = launch(tmp_path, num_gpus=4, model_parallel_size=2, pipe_parallel_size=2)
-    assert ended.returncode == 1
+    assert ended.returncode == CANNOT_LAUNCH
     message = (
         "rank 0: DatasetError: dataset text: text.bin does not exist; a dataset is named by its "
         "path without .bin and .idx"
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_told_and_without_a_good_one_the_job_ends_with_a
         (checkpoint / "mp_rank_01_model_states.pt").unlink()
     before = sorted((tmp_path / "saved").rglob("*"))
     ended = launch(tmp_path, **run, train_iters=4)
-    assert ended.returncode == 1
+    assert ended.returncode == CANNOT_LAUNCH
     assert "no checkpoint of the run can be loaded, and nothing is deleted" in ended.stderr
     for checkpoint in checkpoints:
         assert f"{checkpoint}: mp_rank_01_model_states.pt is missing" in ended.stderr

@@ -42,10 +42,9 @@ class Ledger:
     launch's first step, saves and loading have limits of their own, of half an hour to hours, but
     not less than this. 0: never."""
 
-    exit_duration_in_mins: float | None = key(
-        None, unit="minutes", minimum=0, outcome=refused("use train_iters or exit_interval")
-    )
-    """Save and stop after so long. Unset: SLURM's end of job is watched all the same."""
+    exit_duration_in_mins: float | None = key(None, unit="minutes", minimum=0, outcome=WORKS)
+    """Save and stop before this launch has taken so long, with exit status 75. SLURM's time limit
+    is watched as well; the earlier of the two counts."""
 
     deterministic: bool = key(False, outcome=refused("leave it out; without GPUs it is always so"))
     """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit.
