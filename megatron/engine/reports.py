@@ -9,20 +9,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron.engine.throughput import format_flops
 from megatron.ledger.attempts import StepRecord
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 __all__ = ["MetricWriter", "Reporter", "TensorBoardWriter", "WandbWriter"]
 
@@ -113,16 +106,7 @@ class Reporter:
         self._interval = _Interval(started=time.perf_counter())
         if self._is_silent or not sys.stdout.isatty():
             return
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=Console(),  # stdout: deepy.py gives rank 0 the terminal's
-        )
+        self._progress = _progress_bar()
         self._task = self._progress.add_task(
             "train", total=self._train_iters, completed=step, loss="-"
         )
@@ -217,3 +201,27 @@ class Reporter:
         ]
         self._write(runtime, record.step)
         self.line(" | ".join(parts))
+
+
+def _progress_bar() -> "Progress":
+    # Imported only if there is a terminal: 0.1 s of the start of every rank.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(),  # stdout: deepy.py gives rank 0 the terminal's
+    )
