@@ -14,6 +14,7 @@ __all__ = ["NOTICED_S", "SubmittedRun"]
 
 STARTED_S = 240.0  # until a launch takes its first step, on a machine with more to do
 NOTICED_S = 120.0  # until a job that lost something no longer runs
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 @dataclass
@@ -47,14 +48,14 @@ class SubmittedRun:
         """Return once the newest launch has recorded ``step``."""
         self._wait(lambda: self.training.last_step() >= step, f"step {step}", STARTED_S)
 
-    def wait_for_new_steps(self, number: int) -> None:
-        """Return once the newest launch has recorded so many steps."""
-        attempts = self.training.attempts
-        self._wait(
-            lambda: attempts() and len(attempts()[-1].steps) >= number,
-            f"{number} steps of the newest launch",
-            STARTED_S,
-        )
+    def wait_for_new_steps(self, number: int, *, after: int = 0) -> None:
+        """Return once a launch after attempt ``after`` has recorded so many steps."""
+
+        def has_steps() -> bool:
+            newest = self.training.attempts()[-1:]
+            return bool(newest) and newest[0].number > after and len(newest[0].steps) >= number
+
+        self._wait(has_steps, f"{number} steps of a launch after attempt {after}", STARTED_S)
 
     def recover(self, event: str, happen: Callable[[], None]) -> Recovery:
         """Let something happen that stops the job; return once the next launch takes steps."""
@@ -94,8 +95,7 @@ class SubmittedRun:
     def wait_for_end(self) -> None:
         """Let the training run as fast as it can; return once its job is over."""
         self.training.pause(0.0)
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self._wait(lambda: self.job.state in over, "the job's end", STARTED_S)
+        self._wait(self._is_over, "the job's end", STARTED_S)
 
     def assert_completed(self) -> None:
         """Require that the job ended well."""
@@ -133,5 +133,14 @@ class SubmittedRun:
             return False
         return facts["JobState"] != "RUNNING" or int(facts["Restarts"]) > restarts
 
+    def _is_over(self) -> bool:
+        return self.job.state in _OVER
+
     def _wait(self, condition: Callable[[], object], what: str, timeout_s: float) -> float:
-        return wait_until(condition, what, timeout_s=timeout_s, otherwise=self.report)
+        return wait_until(
+            condition,
+            what,
+            timeout_s=timeout_s,
+            is_hopeless=self._is_over,
+            otherwise=self.report,
+        )

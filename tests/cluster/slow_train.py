@@ -12,9 +12,10 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 
 
-def _train_slowly(train: Any, config: Any, environment: Any) -> Any:
+def _train_slowly(train: Any, config: Any, *others: Any, **named: Any) -> Any:
     pause = Path(config.training.save).parent / "pause"
-    return train(config, environment, on_loss=lambda loss: time.sleep(float(pause.read_text())))
+    named["on_loss"] = lambda loss: time.sleep(float(pause.read_text()))
+    return train(config, *others, **named)
 
 
 def main() -> None:

@@ -202,16 +202,22 @@ def wait_until(
     *,
     timeout_s: float,
     every_s: float = 0.3,
+    is_hopeless: Callable[[], object] = bool,
     otherwise: Callable[[], str] = str,
 ) -> float:
     """Return once ``condition()`` is true, with the seconds since the epoch.
 
     Raises:
-        AssertionError: it isn't within ``timeout_s``; ``otherwise`` tells more.
+        AssertionError: it isn't within ``timeout_s``, or won't be; ``otherwise`` tells more.
     """
-    deadline = time.monotonic() + timeout_s
+    began = look_again = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > began + timeout_s:
             raise AssertionError(f"{what}: not within {timeout_s:.0f} s\n{otherwise()}")
+        if now > look_again:
+            look_again = now + 3.0
+            if is_hopeless() and not condition():
+                raise AssertionError(f"{what}: given up after {now - began:.0f} s\n{otherwise()}")
         time.sleep(every_s)
     return time.time()
