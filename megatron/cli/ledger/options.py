@@ -10,6 +10,7 @@ __all__ = [
     "add_data_option",
     "add_json_option",
     "add_run_option",
+    "add_source_options",
     "add_stream_option",
     "opened_run",
     "step_number",
@@ -26,6 +27,22 @@ def add_run_option(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run's save directory (the newest lineage), or one global_stepN, also a copied one; "
         "default: the working directory",
+    )
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add whose steps are asked about: those of a configuration or of a run."""
+    parser.add_argument(
+        "configs", nargs="*", type=Path, metavar="CONFIG", help="as for deepy.py; or else --run"
+    )
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run's save directory, or one global_stepN"
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="ranks of the launch, where neither configuration nor this machine tell",
     )
 
 

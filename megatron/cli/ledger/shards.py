@@ -10,6 +10,7 @@ from megatron.cli.data_of_steps import StepData, data_of_config, data_of_run, re
 from megatron.cli.ledger.options import (
     add_data_option,
     add_json_option,
+    add_source_options,
     add_stream_option,
     step_range,
 )
@@ -55,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     files = commands.add_parser("required-for", help="the token files that steps read")
     files.add_argument("steps", type=step_range, metavar="A..B", help="steps, both included")
-    _add_source(files)
+    add_source_options(files)
     add_stream_option(files)
     files.add_argument(
         "--shard-bytes",
@@ -70,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_data_option(files)
     add_json_option(files)
     maps = commands.add_parser("maps", help="write the index maps of a configuration's streams")
-    _add_source(maps)
+    add_source_options(maps)
     add_data_option(maps)
 
 
@@ -78,21 +79,6 @@ def run(options: argparse.Namespace) -> int:
     """Run one of the commands."""
     source = _opened(options)
     return _write_maps(source) if options.what == "maps" else _required_for(options, source)
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "configs", nargs="*", type=Path, metavar="CONFIG", help="as for deepy.py; or else --run"
-    )
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run's save directory, or one global_stepN"
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="ranks of the launch, where neither configuration nor this machine tell",
-    )
 
 
 def _opened(options: argparse.Namespace) -> StepData:

@@ -1,7 +1,7 @@
 """The samples of a range of steps, batch by batch, and the files they are written to."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.base.errors import RunDirectoryError
-from megatron.ledger.queries.run_data import RunData
-from megatron.ledger.queries.run_view import RunView
-from megatron.ledger.queries.samples import StepFrame, step_frame, step_slots
+from megatron.ledger.queries.samples import StepFrame, step_slots
 from megatron.stream.explanations import SampleParts
+from megatron.stream.order_description import OrderDescription
+from megatron.stream.sample_stream import Stream
 
 __all__ = ["Batch", "NpyWriter", "ParquetWriter", "Writer", "batches", "export"]
 
@@ -58,29 +58,31 @@ class Batch:
 
 
 def batches(
-    run: RunView,
-    data: RunData,
-    steps: range,
+    frames: Iterable[StepFrame],
+    open_order: Callable[[OrderDescription], Stream],
     *,
-    stream: str = "train",
     detokenize: Detokenize | None = None,
 ) -> Iterator[Batch]:
     """Yield the samples of steps in order.
+
+    Args:
+        frames: the steps.
+        open_order: opens an order with its data.
+        detokenize: gives the text of tokens; None: texts aren't wanted.
 
     Raises:
         DatasetError: a dataset isn't there, or isn't what the run read.
         RunDirectoryError: the samples of the steps have different lengths.
     """
     seq_length = None
-    for step in steps:
-        frame = step_frame(run, step, stream)
+    for frame in frames:
         if seq_length not in (None, frame.order.seq_length):
             raise RunDirectoryError(
-                f"step {step} has samples of {frame.order.seq_length} tokens, those before it of "
-                f"{seq_length}; export the two ranges apart"
+                f"step {frame.step} has samples of {frame.order.seq_length} tokens, those before "
+                f"it of {seq_length}; export the two ranges apart"
             )
         seq_length = frame.order.seq_length
-        opened = data.stream(frame.order)
+        opened = open_order(frame.order)
         for first in range(0, len(frame.positions), _SAMPLES_AT_ONCE):
             stop = min(first + _SAMPLES_AT_ONCE, len(frame.positions))
             places = np.arange(first, stop, dtype=np.int64) + frame.order_positions.start

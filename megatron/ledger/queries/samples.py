@@ -11,6 +11,7 @@ import numpy as np
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.ledger.attempts import EvaluationRecord, StepRecord, decode_line
 from megatron.ledger.ledger_file import Span
+from megatron.ledger.queries.required import StreamSteps
 from megatron.ledger.queries.run_view import RunView, Stage
 from megatron.stream.blending import Blend
 from megatron.stream.order_description import OrderDescription
@@ -20,6 +21,7 @@ __all__ = [
     "Draw",
     "Slot",
     "StepFrame",
+    "planned_frame",
     "recorded_line",
     "step_draws",
     "step_frame",
@@ -89,6 +91,27 @@ def step_frame(run: RunView, step: int, stream: str = "train") -> StepFrame:
         positions=positions,
         span=span,
         geometry=geometry,
+    )
+
+
+def planned_frame(stream: StreamSteps, step: int, name: str) -> StepFrame:
+    """Return what is known of a step of a launch that wasn't made.
+
+    Args:
+        stream: the steps of the stream called ``name``.
+        step: from 1.
+        name: train, valid or test.
+    """
+    segment = stream.segments.at_step(step)
+    return StepFrame(
+        stream=name,
+        step=step,
+        stage="planned",
+        segment=segment,
+        order=stream.orders[segment.order_id],
+        positions=segment.positions(step),
+        span=None,
+        geometry=None,
     )
 
 

@@ -11,6 +11,7 @@ from megatron.ledger.digests import batch_digest, digest_text
 from megatron.ledger.queries.export import NpyWriter, ParquetWriter, batches, export
 from megatron.ledger.queries.run_data import RunData
 from megatron.ledger.queries.run_view import open_run
+from megatron.ledger.queries.samples import step_frame
 from tests.ledger.queries.histories import eventful_run
 
 
@@ -20,7 +21,9 @@ def view(tmp_path_factory):
 
 
 def exported(view, writer, steps, **options):
-    found = batches(view, RunData(view.ledger.datasets), steps, **options)
+    stream = options.pop("stream", "train")
+    frames = [step_frame(view, step, stream) for step in steps]
+    found = batches(frames, RunData(view.ledger.datasets).stream, **options)
     return export(found, writer, num_steps=len(steps))
 
 
