@@ -177,6 +177,20 @@ def test_verify_that_cannot_tell_ends_with_2(folder, ask, tmp_path):
     assert "unknown    the lines of steps 1..10, 11..15, 16..24 are not here" in out
 
 
+def test_a_run_that_has_lost_its_attempts_is_told_from_a_checkpoint_alone(folder, ask, tmp_path):
+    save = tmp_path / "save"
+    shutil.copytree(folder / "save", save)
+    shutil.rmtree(save / "attempts")
+    for run in (save, save / "global_step24"):
+        status, out, _ = ask("verify", run=run)
+        assert status == 2
+        assert f"are not here: {save}/attempts is gone; put a copy of it back" in out
+        assert (
+            f"({save}/attempts is gone; this is what the checkpoint tells)"
+            in ask("log", run=run)[1]
+        )
+
+
 def test_log_draws_the_attempts(ask, ask_json):
     status, out, _ = ask("log")
     assert status == 0

@@ -38,7 +38,11 @@ def run(options: argparse.Namespace) -> int:
         say(line)
     say("", *_tree(roots, ""))
     if view.save is None:
-        say("(the attempts are in the run's save directory; this is a checkpoint alone)")
+        say(
+            "(the attempts are in the run's save directory; this is a checkpoint alone)"
+            if view.lost_attempts is None
+            else f"({view.lost_attempts} is gone; this is what the checkpoint tells)"
+        )
         _print_spans(view)
     for name, state in ledger.streams.items():
         say("", f"{name} stream: next position {number(state.next_position)}")

@@ -11,6 +11,7 @@ from megatron.ledger.ledger_file import LEDGER_FILE, Ledger, Span, StreamState
 from megatron.ledger.lineage import Lineage, lineage_of_checkpoint, lineage_of_run
 from megatron.ledger.queries.adopted_geometry import adopted_geometry
 from megatron.ledger.run_directory import checkpoint_path, list_checkpoints, read_latest, step_of
+from megatron.ledger.run_file import RUN_FILE
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.segments import Segment
 
@@ -28,6 +29,14 @@ class RunView:
     path: Path  # what was asked about
     lineage: Lineage
     save: Path | None  # directory with attempts/; None: a checkpoint alone
+
+    @property
+    def lost_attempts(self) -> Path | None:
+        """The attempts/ that its save directory must have had and no longer has; else None."""
+        if self.save is not None:
+            return None
+        folder = self.path if (self.path / RUN_FILE).exists() else self.path.resolve().parent
+        return folder / "attempts" if (folder / RUN_FILE).exists() else None
 
     @property
     def ledger(self) -> Ledger:

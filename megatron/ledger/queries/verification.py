@@ -74,7 +74,9 @@ def verify(
     unrecorded = tuple(run.lineage.unrecorded()) if lines.is_readable else ()
     if unrecorded:
         ranges = ", ".join(map(str, unrecorded))
-        lines.unknown.append(f"the lines of steps {ranges} are not here")
+        lost = run.lost_attempts
+        why = "" if lost is None else f": {lost} is gone; put a copy of it back"
+        lines.unknown.append(f"the lines of steps {ranges} are not here{why}")
     if data is not None and extent.steps is not None and extent.steps.stop - 1 > run.ledger.step:
         lines.unknown.append(
             f"step {extent.steps.stop - 1} isn't done yet: the lineage ends with step "
