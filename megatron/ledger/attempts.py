@@ -29,6 +29,7 @@ __all__ = [
     "attempt_number",
     "decode_line",
     "encode_record",
+    "flush_interval",
     "next_attempt_number",
     "parse_lines",
     "read_attempt",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _WHOLE_NUMBERS = {"step", "after_step", "position", "samples"}
+_MAX_UNRECORDED_STEPS = 10
 _NAME = re.compile(r"(\d{4,})\.jsonl?")
 
 
@@ -98,6 +100,11 @@ def attempt_lines_path(save: Path, number: int) -> Path:
 def next_attempt_number(save: Path) -> int:
     """Return the number after all that are taken, by lines or by facts."""
     return max((attempt_number(path) for path in _numbered_files(save)), default=0) + 1
+
+
+def flush_interval(log_interval: int | None) -> int:
+    """Return how many steps may wait for their digests."""
+    return max(1, min(log_interval or _MAX_UNRECORDED_STEPS, _MAX_UNRECORDED_STEPS))
 
 
 def read_attempt(path: Path) -> Iterator[StepRecord]:

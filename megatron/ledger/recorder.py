@@ -19,7 +19,13 @@ from megatron.ledger.attempt_facts import (
     claim_attempt,
     write_attempt_facts,
 )
-from megatron.ledger.attempts import AttemptLog, EvaluationRecord, Record, StepRecord
+from megatron.ledger.attempts import (
+    AttemptLog,
+    EvaluationRecord,
+    Record,
+    StepRecord,
+    flush_interval,
+)
 from megatron.ledger.digests import MODULUS, digest_text, digest_value
 from megatron.ledger.ledger_file import Ledger, ObeyedInstruction, Span, StreamState
 from megatron.ledger.redone_steps import EarlierLines
@@ -30,13 +36,6 @@ logger = logging.getLogger(__name__)
 
 ComponentCursors = Callable[[str, int], Mapping[str, int]]
 """(stream's name, position in its present order) -> the next position of each component."""
-
-_MAX_UNRECORDED_STEPS = 10
-
-
-def flush_interval(log_interval: int | None) -> int:
-    """Return how many steps may wait for their digests."""
-    return max(1, min(log_interval or _MAX_UNRECORDED_STEPS, _MAX_UNRECORDED_STEPS))
 
 
 class Recorder:

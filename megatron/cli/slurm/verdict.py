@@ -1,5 +1,6 @@
 """How a job goes on after a launch: done, once more, or stop. Arithmetic on records only."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from megatron.ledger.queries.advance import AttemptAdvance, attempts_without_adv
 __all__ = ["Verdict", "verdict"]
 
 _NEAR_THE_END = 0.2  # of a job's time
+_TOLD_TO_STOP = {
+    STOPPED,
+    # ended by it: it came before there was anything to save, or twice
+    *(128 + one for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +47,8 @@ def verdict(situation: Situation) -> Verdict:
     if status == CANNOT_LAUNCH:
         return Verdict(
             action="stop",
-            reason="nothing was started (exit status 2): the configuration, the hosts or the "
-            "command line have to change; the log says how",
+            reason="exit status 2: configuration, data, checkpoint, hosts or command line have to "
+            "change before anything can be trained; the log's end says which and how",
         )
     own = situation.own_attempt
     stop = own.facts.stop if own is not None else None
@@ -52,7 +58,7 @@ def verdict(situation: Situation) -> Verdict:
             reason=f"stopped at step {stop.step}{_of(situation)} because of exit_interval; the run "
             "is not finished, and the same command goes on",
         )
-    if own is None and status != STOPPED and not _has_trained(situation):
+    if own is None and status not in _TOLD_TO_STOP and not _has_trained(situation):
         return Verdict(
             action="stop",
             reason=f"{_ended(status)} before the first step, and this job has never trained: "
@@ -95,7 +101,7 @@ def _again(situation: Situation, own: AttemptAdvance | None) -> Verdict:
     status = situation.status
     counts = status is not None and own is None and _counts(situation, status)
     unbegun = _unbegun(situation) + counts
-    stalled = attempts_without_advance(_attempts(situation))
+    stalled = attempts_without_advance(_failures(situation))
     tried = len(stalled) + unbegun
     if tried >= situation.tries:
         return Verdict(
@@ -124,7 +130,7 @@ def _counts(situation: Situation, status: int) -> bool:
     time limit while loading would go on for ever.
     """
     job = situation.job
-    if status != STOPPED:
+    if status not in _TOLD_TO_STOP:
         return True
     if job.end_time is None or situation.since is None:
         return False
@@ -179,11 +185,24 @@ def _attempts(situation: Situation) -> list[AttemptAdvance]:
     ]
 
 
+def _failures(situation: Situation) -> list[AttemptAdvance]:
+    """Return the attempts, without those that were told to stop before they came anywhere."""
+    told = {one.attempt for one in _launches(situation) if one.status in _TOLD_TO_STOP}
+    own = situation.own_attempt
+    if own is not None and situation.status in _TOLD_TO_STOP:
+        told.add(own.facts.number)
+    return [
+        attempt
+        for attempt in _attempts(situation)
+        if attempt.has_advanced or attempt.facts.number not in told
+    ]
+
+
 def _ended(status: int) -> str:
     """Say what an exit status means."""
     known = {
         FINISHED: "the launch ended with exit status 0, its run unfinished",
-        STOPPED: "told to stop and saved",
+        STOPPED: "told to stop",
         HUNG: "a rank hung",
         NODE_LOST: "a node was lost",
     }

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.ledger.attempt_facts import AttemptFacts, read_all_attempt_facts
-from megatron.ledger.attempts import attempt_lines_path
+from megatron.ledger.attempts import attempt_lines_path, flush_interval
 from megatron.ledger.line_search import read_end
-from megatron.ledger.recorder import flush_interval
 
 __all__ = ["AttemptAdvance", "advances", "attempts_without_advance"]
 

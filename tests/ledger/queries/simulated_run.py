@@ -72,6 +72,7 @@ class SimulatedRun:
         train_iters: int | None = None,
         stop: str | None = "finished",
         misread_step: int | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> int:
         """Take steps up to ``until``; return the attempt's number.
 
@@ -84,6 +85,7 @@ class SimulatedRun:
             train_iters: configured, ``until`` if None.
             misread_step: of this one another batch is read than was to be.
             stop: why it ends; None: it is killed, and what wasn't flushed is lost.
+            environment: machine and job, as attempts record them.
         """
         begin = self._begin(geometry, iteration, accept, train_iters or until)
         facts = AttemptFacts(
@@ -95,6 +97,7 @@ class SimulatedRun:
             geometry=geometry,
             config={},
             numerics="n",
+            environment=environment or {},
         )
         recorder = Recorder(self.save, facts, clock=self._tick)
         streams = {
