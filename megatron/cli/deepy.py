@@ -82,7 +82,7 @@ def _launch(user_script: str, config: RunConfig, hosts: Hosts, environ: Mapping[
         _say(f"starting {len(slots)} ranks; rendezvous port {port}, OMP_NUM_THREADS={threads}")
         return run_ranks(
             placement, user_script, tuple(arguments), environ=environ, grace=_grace(environ)
-        )
+        ).status
 
 
 def _launch_on_hosts(

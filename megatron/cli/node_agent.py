@@ -103,7 +103,7 @@ def _take_part(link: HeadLink, place: Message, job: JobSecrets) -> int:
             num_nodes=place["num_nodes"],
         )
         settle_s, terminate_s = place["grace"]
-        status = run_ranks(
+        end = run_ranks(
             placement,
             place["user_script"],
             tuple(place["arguments"]),
@@ -113,7 +113,7 @@ def _take_part(link: HeadLink, place: Message, job: JobSecrets) -> int:
         )
     # mpirun and srun may end the other nodes when one of their processes ends: so all end together.
     link.wait_for_the_end()
-    return status
+    return end.status
 
 
 def _environment(place: Message, job: JobSecrets) -> dict[str, str]:

@@ -141,16 +141,19 @@ class Phases:
 
     def evaluation(self) -> None:
         """Begin an evaluation."""
-        self._enter("evaluation", self._limits.of_first)
+        self._enter("evaluation", self._batch_limit)
 
     def batch(self) -> None:
         """Say that another batch of the evaluation is done."""
-        limit = self._step_limit if self._has_evaluated else self._limits.of_first
-        self._progress.step(self._step, limit)
+        self._progress.step(self._step, self._batch_limit)
 
     def finish(self) -> None:
         """Begin what comes after the last step: evaluations, the last save, the end."""
         self._enter("finish", self._limits.of_save(self._slowest_save))
+
+    @property
+    def _batch_limit(self) -> float:
+        return self._step_limit if self._has_evaluated else self._limits.of_first
 
     def _enter(self, name: str, limit_s: float) -> None:
         now = self._clock()

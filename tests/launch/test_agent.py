@@ -245,7 +245,9 @@ def test_the_launcher_sleeps_while_its_ranks_work(tmp_path):
         processes = (running.process.pid, running.guard())
         before = [switches(process) for process in processes]
         time.sleep(0.5)
-        assert [switches(process) for process in processes] == before
+        after = [switches(process) for process in processes]
+        assert after[0] <= before[0] + 2  # the watchdog's look, once a second
+        assert after[1] == before[1]
 
 
 def test_nothing_a_rank_writes_is_lost_or_torn(tmp_path):

@@ -55,13 +55,11 @@ def run_ranks(
     environ: Mapping[str, str],
     grace: GraceTimes,
     link: HeadLink | None = None,
-) -> int:
-    """Run this node's ranks to their end and return the job's exit status.
+) -> JobEnd:
+    """Run this node's ranks to their end and return how the job ended.
 
-    The status is 0 only if every rank ended with 0, STOPPED if the others ended with that.
-    Otherwise it is that of the rank that failed first, 128 + N if signal N ended it, or HUNG. When
-    this returns, or if this process is killed, nothing that the ranks started is left. Main thread
-    only.
+    When this returns, or if this process is killed, nothing that the ranks started is left. Main
+    thread only.
 
     Args:
         placement: this node's part of the job.
@@ -96,7 +94,7 @@ def run_ranks(
         end = node.outcome()
         if link is None:
             write_all(_STDERR, end.report().encode())
-        return end.status
+        return end
 
 
 class _Rank:
@@ -191,17 +189,19 @@ class _Node:
     def _running(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.ended_at is None]
 
+    def _processes(self) -> dict[int, int]:
+        return {rank.process.rank: rank.process.pid for rank in self._running()}
+
     def _prompts(self) -> list[tuple[float, OutputPipe]]:
         pipes = [pipe for rank in self._ranks for pipe in rank.pipes]
         return [(pipe.prompt_at, pipe) for pipe in pipes if pipe.prompt_at is not None]
 
-    def _seconds_to_next_step(self) -> float | None:
+    def _seconds_to_next_step(self) -> float:
         times = [when for when, _ in self._prompts()] + [when for when, _ in self._due[:1]]
-        if self._watchdog.interval_s is not None:
-            times.append(self._looked_at + self._watchdog.interval_s)
+        times.append(self._looked_at + self._watchdog.interval_s)
         if self._link is not None:
             times.append(time.monotonic() + BEAT_S / 2)
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        return max(0.0, min(times) - time.monotonic())
 
     def _take_due_steps(self) -> None:
         now = time.monotonic()
@@ -261,11 +261,11 @@ class _Node:
         ]
 
     def _look_for_hangs(self) -> None:
-        interval_s, now = self._watchdog.interval_s, time.monotonic()
-        if interval_s is None or now < self._looked_at + interval_s or self._due:
+        now = time.monotonic()
+        if now < self._looked_at + self._watchdog.interval_s or self._due:
             return
         self._looked_at = now
-        hang = self._watchdog.look([rank.process.rank for rank in self._running()])
+        hang = self._watchdog.look(self._processes())
         if hang is None:
             return
         self._hang = hang
@@ -275,9 +275,10 @@ class _Node:
         self._end_for_the_job(shows_stacks=True)
 
     def _show_stacks(self) -> None:
-        # Ranks have faulthandler write the stacks of all their threads.
-        for rank in self._running():
-            rank.process.send(signal.SIGQUIT)
+        for rank in self._ranks:
+            for pipe in rank.pipes:
+                pipe.mark()
+        self._watchdog.ask_for_stacks(self._processes())
 
     def _notice_ends(self) -> None:
         for rank in self._running():
@@ -334,6 +335,7 @@ class _Node:
             trace_began_at=None if began_at is None else began_at - self._started,
             was_told=rank.was_told,
             excerpt=rank.tail.excerpt(),
+            progress=self._watchdog.progress_of(rank.process.rank, rank.tail.lines()),
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron.base.exit_codes import FINISHED, HUNG, NODE_LOST, STOPPED
 from megatron.engine.launch.failures import RankEnd, failure_report, first_failure
 from megatron.engine.launch.rank_process import signal_name
+from megatron.engine.launch.watchdog import hang_report
 
 __all__ = ["JobEnd"]
 
@@ -31,6 +32,24 @@ class JobEnd:
         number = self._stopped_by(first)
         return first.status if number is None else 128 + number
 
+    @property
+    def reason(self) -> str:
+        """Why the job ended before its ranks had noted it themselves, for the run's record."""
+        first = first_failure(self.ends)
+        if self._is_node_loss(first):
+            return f"node lost: {'; '.join(self.lost)}"
+        if self.hang is not None:
+            return f"hung: {self.hang}"
+        if first is None or (number := self._stopped_by(first)) is not None:
+            return f"signal {signal_name(number)}" if first is not None else "ended"
+        return f"failed: rank {first.rank}: {first.exit}"
+
+    @property
+    def done_step(self) -> int | None:
+        """The last step that rank 0 had done, if it told."""
+        progress = [one.progress for one in self.ends if one.rank == 0]
+        return progress[0].done_step if progress and progress[0] is not None else None
+
     def report(self) -> str:
         """Return the job's last words; nothing if all is well."""
         first = first_failure(self.ends)
@@ -41,7 +60,9 @@ class JobEnd:
                 text += f"---- first to notice: {first}\n{first.excerpt}"
             return text + end
         if self.hang is not None:
-            return f"---- deepy: no progress: {self.hang}; the stacks of all ranks are above\n{end}"
+            told = [one.progress for one in self.ends if one.progress is not None]
+            text = f"---- deepy: no progress: {self.hang}; the stacks of all ranks are above\n"
+            return text + hang_report(told) + end
         if first is None:
             if self.status == FINISHED:
                 return ""

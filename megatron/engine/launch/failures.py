@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from megatron.base.exit_codes import FINISHED, STOPPED
 from megatron.engine.launch.rank_process import Exit
+from megatron.engine.launch.watchdog import RankProgress
 
 __all__ = ["RankEnd", "failure_report", "first_failure"]
 
@@ -39,6 +40,7 @@ class RankEnd:
     was_told: bool  # it still ran when the launcher began to end the job
     excerpt: str  # its traceback, or its last lines on stderr
     host: str = ""  # of a job on several nodes
+    progress: RankProgress | None = None  # of one that told of it
 
     def as_fields(self) -> dict[str, Any]:
         """Return what :meth:`from_fields` reads."""
@@ -47,7 +49,14 @@ class RankEnd:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """Return what another node told with :meth:`as_fields`."""
-        return cls(**{**fields, "exit": Exit(**fields["exit"])})
+        progress = fields.get("progress")
+        return cls(
+            **{
+                **fields,
+                "exit": Exit(**fields["exit"]),
+                "progress": None if progress is None else RankProgress(**progress),
+            }
+        )
 
     def __str__(self) -> str:
         how = "ended by the launcher" if self.was_told and self.exit.signal else str(self.exit)
