@@ -76,7 +76,12 @@ def prepare_resharding(engine: Any, stored: StoredCheckpoint, settings: LoadSett
     )
     keys: dict[int, ParameterKey] = {}
     for layer, module in numbered_layers(engine.module).items():
-        live = dict(module.named_parameters())
+        # Blocks share a table of relative positions, whose state stands under the first of them.
+        live = {
+            name: parameter
+            for name, parameter in module.named_parameters()
+            if id(parameter) not in keys
+        }
         _require_same_names(states, layer, live)
         for name, parameter in live.items():
             shape = states.require(layer, name, size=size, rank=rank)
@@ -147,7 +152,7 @@ def _round_masters_into_weights(engine: Any, resharding: Resharding) -> None:
     """Give weights of another precision than the stored ones the masters' values."""
     for layer, module in numbered_layers(engine.module).items():
         for name, parameter in module.named_parameters():
-            master = resharding.part((layer, name), "master")
+            master = resharding.part(resharding.keys[id(parameter)], "master")
             require_rounded(
                 master,
                 resharding.weights[layer][name],

@@ -23,6 +23,7 @@ import yaml
 from megatron.base.errors import CheckpointError
 from megatron.base.regular_files import read_small_text
 from megatron.checkpoint.safe_torch import read_torch_file
+from megatron.checkpoint.stored_headers import is_parameter
 from megatron.ledger.run_directory import step_of
 from megatron.model.facts import ModelFacts
 
@@ -51,7 +52,6 @@ _OLD_NAMES = {
     "mlp.dense_h_to_4h.": "mlp.linear1.",
     "mlp.dense_4h_to_h.": "mlp.linear2.",
 }
-_COMPUTED = ("inv_freq", "_extra_state")
 
 
 def layer_file(layer: int, tensor_rank: int) -> str:
@@ -361,7 +361,6 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 def _current_names(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     named = {}
     for name, tensor in tensors.items():
-        if name.endswith(_COMPUTED):
-            continue
-        named[current_name(name)] = tensor
+        if is_parameter(name):
+            named[current_name(name)] = tensor
     return named

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron.base.errors import CheckpointError
 from megatron.checkpoint.stored import StoredCheckpoint
+from megatron.checkpoint.stored_headers import is_parameter
 from megatron.model.layer_plan import TIED_WEIGHT
 from megatron.model.settings import ModelSettings
 from megatron.model.tp_layout import tensor_split
@@ -218,9 +219,14 @@ def _require_same_names(
 
 
 def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    # The live tensors themselves; megatron-core's layers add entries that are none.
+    # The live tensors themselves; megatron-core's layers add entries that are none. What is
+    # computed rather than trained (ALiBi's slopes, frequencies) stays as it was built.
     state = layer.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if torch.is_tensor(value)}
+    return {
+        name: value
+        for name, value in state.items()
+        if torch.is_tensor(value) and is_parameter(name)
+    }
 
 
 def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -3,27 +3,40 @@
 Shapes: S sequence, B batch, N this rank's query heads, K its key heads, D head size.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 
 from megatron.model.construction import Construction
 from megatron.model.feed_forward import row_linear
-from megatron.model.parallel_layers import ColumnLinear
+from megatron.model.norms import build_norm
+from megatron.model.parallel_layers import ColumnLinear, mark_divided
+from megatron.model.rotary import RotaryFrequencies
+from megatron.model.score_bias import AlibiSlopes, ScoreBias
+from megatron.model.tp_layout import local_heads
 
 __all__ = ["Attention"]
 
 
 class Attention(torch.nn.Module):
-    """Fused query-key-value matrix, rotary positions, scaled dot products, output matrix.
+    """Fused query-key-value matrix, positions, scaled dot products, output matrix.
 
     "flash" and "global" attention are both torch's scaled-dot-product attention, whose kernels
     know causality without a mask.
     """
 
-    def __init__(self, construction: Construction) -> None:
+    def __init__(self, construction: Construction, block: int) -> None:
         super().__init__()
         settings = construction.settings
         size = construction.tensor_parallel.size
+        heads = local_heads(settings, size=size, rank=construction.tensor_parallel.rank)
+        self.qk_layernorm = None
+        if settings.normalises_queries_and_keys:
+            shape = (len(heads), settings.head_size)
+            self.qk_layernorm = build_norm(settings, construction.dtype, shape)
+            for parameter in self.qk_layernorm.parameters():
+                mark_divided(parameter, dim=0)
         self.head_size = settings.head_size
         self.num_heads = settings.num_attention_heads // size
         self.num_kv_heads = settings.num_kv_heads // size
@@ -37,6 +50,16 @@ class Attention(torch.nn.Module):
             dtype=construction.dtype,
             tensor_parallel=construction.tensor_parallel,
         )
+        if settings.saves_rotary_frequencies:
+            self.rotary_emb = RotaryFrequencies(
+                settings.rotary_dims, settings.rotary_base, construction.dtype
+            )
+        kind = construction.relative_bias
+        if kind is not None:
+            self.rpe = kind
+        elif settings.pos_emb == "alibi":
+            self.alibi_embed = kind = AlibiSlopes(settings, heads)
+        self.score_bias = ScoreBias.of_block(settings, kind, block)
         self.dense = row_linear(settings.hidden_size, construction, bias=settings.bias_in_attention)
         self.rotary = construction.rotary
 
@@ -54,6 +77,12 @@ class Attention(torch.nn.Module):
         if not self.is_grouped_query:
             # Per head: query, key, value.
             heads = fused.unflatten(-1, (self.num_heads, 3, self.head_size))
+            if self.qk_layernorm is not None:
+                query, key, value = heads.unbind(dim=-2)
+                query, key = self.qk_layernorm(query), self.qk_layernorm(key)
+                if self.rotary is not None:
+                    query, key = self.rotary(query), self.rotary(key)
+                return query, key, value
             if self.rotary is None:
                 return heads.unbind(dim=-2)
             query, key = self.rotary(heads[..., :2, :]).unbind(dim=-2)
@@ -68,16 +97,15 @@ class Attention(torch.nn.Module):
         return query, key, value
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        if not (self.training and self.dropout > 0):
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=self.is_grouped_query
-            )
-        with self.dropout_rng():
+        bias = self.score_bias.added(query.shape[-2], query)
+        drops = self.training and self.dropout > 0
+        with self.dropout_rng() if drops else nullcontext():
             return F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                dropout_p=self.dropout,
-                is_causal=True,
+                attn_mask=bias,
+                dropout_p=self.dropout if drops else 0.0,
+                is_causal=bias is None,
                 enable_gqa=self.is_grouped_query,
             )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.attention import Attention
-from megatron.model.construction import Construction, finish
+from megatron.model.construction import FIRST_BLOCK, Construction, finish
 from megatron.model.feed_forward import FeedForward
 from megatron.model.norms import build_norm
 from megatron.model.parallel_layers import sum_over_ranks
@@ -28,7 +28,7 @@ class ParallelTransformerLayerPipe(torch.nn.Module):
         self.is_tied_norm = settings.gpt_j_tied
         self.dropout = settings.hidden_dropout
         self.input_layernorm = build_norm(settings, construction.dtype)
-        self.attention = Attention(construction)
+        self.attention = Attention(construction, block=layer_index - FIRST_BLOCK)
         # Exists with gpt_j_tied too, unused: NeoX's files hold it.
         self.post_attention_layernorm = build_norm(settings, construction.dtype)
         self.mlp = FeedForward(construction)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.model.initialisation import initialise_layer
+from megatron.model.initialisation import FIRST_BLOCK, initialise_layer
 from megatron.model.parallel_layers import TensorParallel
 from megatron.model.rotary import RotaryTable
+from megatron.model.score_bias import RelativeBias
 from megatron.model.settings import ModelSettings
 
-__all__ = ["Construction", "finish"]
+__all__ = ["FIRST_BLOCK", "Construction", "finish"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Construction:
     """Entered around dropout whose masks differ between tensor ranks: that of the attention."""
 
     rotary: RotaryTable | None  # one table for all blocks
+    relative_bias: RelativeBias | None  # likewise
 
 
 def finish(layer: torch.nn.Module, layer_index: int, construction: Construction) -> None:

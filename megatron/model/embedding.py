@@ -10,8 +10,23 @@ from megatron.model.tp_layout import local_vocabulary_rows
 __all__ = ["EmbeddingPipe", "to_sequence_first"]
 
 
+class SinusoidalPositions(torch.nn.Module):
+    """Sines and cosines of a position at frequencies 10000^(-2j/H) (spec/model.md §5)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        exponents = torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size
+        self.register_buffer("inv_freq", 10000.0**-exponents)
+
+    def forward(self, length: int) -> torch.Tensor:
+        """Return (length, H): all sines, then all cosines."""
+        positions = torch.arange(length, dtype=self.inv_freq.dtype, device=self.inv_freq.device)
+        angles = torch.outer(positions, self.inv_freq)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class EmbeddingPipe(torch.nn.Module):
-    """Word embedding, learned positions if the model has them, dropout."""
+    """Word embedding, learned or sinusoidal positions if the model has them, dropout."""
 
     def __init__(self, construction: Construction, layer_index: int) -> None:
         super().__init__()
@@ -38,14 +53,19 @@ class EmbeddingPipe(torch.nn.Module):
                     dtype=construction.dtype,
                 ),
             )
+        elif settings.pos_emb == "sinusoidal":
+            self.position_embeddings = SinusoidalPositions(settings.hidden_size)
         finish(self, layer_index, construction)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map int64 tokens (B, S) to hidden states (B, S, H)."""
         hidden = self.word_embeddings(tokens)
-        if self.position_embeddings is not None:
+        length = tokens.shape[1]
+        if isinstance(self.position_embeddings, SinusoidalPositions):
+            hidden = hidden + self.position_embeddings(length).to(hidden.dtype)
+        elif self.position_embeddings is not None:
             first = self.position_offset
-            hidden = hidden + self.position_embeddings.weight[first : first + tokens.shape[1]]
+            hidden = hidden + self.position_embeddings.weight[first : first + length]
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
         return hidden

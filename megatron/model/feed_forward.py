@@ -1,5 +1,8 @@
 """The MLP of a block, plain or gated."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +10,22 @@ from megatron.model.construction import Construction
 from megatron.model.parallel_layers import ColumnLinear, PartialRowLinear, ReducedRowLinear
 
 __all__ = ["FeedForward", "row_linear"]
+
+# Of the plain MLP's whole width, or of a gated one's second half.
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "softsign": F.softsign,
+    "swish": F.silu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+    "swiglu": F.silu,
+    "bilinear": lambda gate: gate,
+    "glu": torch.sigmoid,
+}
 
 
 class FeedForward(torch.nn.Module):
@@ -16,7 +35,7 @@ class FeedForward(torch.nn.Module):
         super().__init__()
         settings = construction.settings
         self.is_gated = settings.is_gated
-        self.approximation = "tanh" if settings.activation == "gelu_tanh" else "none"
+        self.activate = _FUNCTIONS[settings.activation]
         self.linear1 = ColumnLinear(
             settings.hidden_size,
             settings.mlp_up_size,
@@ -32,8 +51,8 @@ class FeedForward(torch.nn.Module):
         if self.is_gated:
             # This rank's rows of linear1 are [up, gate].
             up, gate = wide.chunk(2, dim=-1)
-            return self.linear2(up * F.silu(gate))
-        return self.linear2(F.gelu(wide, approximate=self.approximation))
+            return self.linear2(up * self.activate(gate))
+        return self.linear2(self.activate(wide))
 
 
 def row_linear(

@@ -13,9 +13,11 @@ import torch
 from megatron.model.settings import InitMethod, ModelSettings
 from megatron.model.tp_layout import full_shape, split
 
-__all__ = ["initialise_layer", "parameter_seed"]
+__all__ = ["FIRST_BLOCK", "initialise_layer", "parameter_seed"]
 
 _OUTPUT_SIDE = ("attention.dense.weight", "mlp.linear2.weight")
+_SHARED = "attention.rpe.weight"
+FIRST_BLOCK = 2  # NeoX's layer number of block 0
 
 
 def initialise_layer(
@@ -38,15 +40,24 @@ def initialise_layer(
         rank: tensor rank whose part is kept.
     """
     for name, parameter in layer.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or "qk_layernorm" in name:
             continue
-        is_output_side = name in _OUTPUT_SIDE
-        method = settings.output_layer_init_method if is_output_side else settings.init_method
         whole = torch.empty(full_shape(name, parameter.shape, settings), dtype=torch.float32)
-        generator = torch.Generator().manual_seed(parameter_seed(seed, layer_index, name))
+        # All blocks share one table of relative positions: whichever is first on a rank draws it.
+        number = FIRST_BLOCK if name == _SHARED else layer_index
+        generator = torch.Generator().manual_seed(parameter_seed(seed, number, name))
+        method = _method(name, settings)
         _draw(whole, method, settings, generator)
         with torch.no_grad():
             parameter.copy_(split(name, whole, size=size, rank=rank, settings=settings))
+
+
+def _method(name: str, settings: ModelSettings) -> InitMethod:
+    if name == _SHARED:
+        return "xavier_normal"
+    if name in _OUTPUT_SIDE:
+        return settings.output_layer_init_method
+    return settings.init_method
 
 
 def parameter_seed(seed: int, layer_index: int, name: str) -> int:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from megatron.model.block import ParallelTransformerLayerPipe
-from megatron.model.construction import Construction
+from megatron.model.construction import FIRST_BLOCK, Construction
 from megatron.model.embedding import EmbeddingPipe, to_sequence_first
 from megatron.model.head import NormPipe, ParallelLinearPipe, TiedHead, to_batch_first
 from megatron.model.parallel_layers import TensorParallel
 from megatron.model.rotary import RotaryTable
+from megatron.model.score_bias import relative_bias
 from megatron.model.settings import ModelSettings
 
 __all__ = ["TIED_KEY", "TIED_WEIGHT", "PlannedLayer", "layer_plan"]
@@ -96,8 +97,11 @@ def layer_plan(
         device=torch.device(device),
         dropout_rng=dropout_rng,
         rotary=_rotary_table(settings, dtype),
+        relative_bias=relative_bias(
+            settings, size=tensor_parallel.size, rank=tensor_parallel.rank, dtype=dtype
+        ),
     )
-    after_blocks = settings.num_layers + 2
+    after_blocks = FIRST_BLOCK + settings.num_layers
 
     def planned(index: int, kind: type[torch.nn.Module], **tied: Any) -> PlannedLayer:
         return PlannedLayer(index, kind, partial(kind, construction, index), **tied)
@@ -119,7 +123,10 @@ def layer_plan(
     return [
         embedding,
         function(1, to_sequence_first),
-        *(planned(index, ParallelTransformerLayerPipe) for index in range(2, after_blocks)),
+        *(
+            planned(index, ParallelTransformerLayerPipe)
+            for index in range(FIRST_BLOCK, after_blocks)
+        ),
         function(after_blocks, to_batch_first),
         planned(after_blocks + 1, NormPipe),
         head,

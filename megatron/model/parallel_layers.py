@@ -29,6 +29,7 @@ __all__ = [
     "TensorParallel",
     "VocabularyEmbedding",
     "column_product",
+    "mark_divided",
     "sum_over_ranks",
 ]
 
@@ -103,7 +104,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
             tp_group=tensor_parallel.group,
         )
         self.tensor_parallel = tensor_parallel
-        _mark_divided(self.weight, dim=0)
+        mark_divided(self.weight, dim=0)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.tensor_parallel.size == 1:
@@ -134,7 +135,7 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=tensor_parallel.group,
         )
         self.tensor_parallel = tensor_parallel
-        _mark_divided(self.weight, dim=0)
+        mark_divided(self.weight, dim=0)
         _zero(self.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -168,7 +169,7 @@ class _RowLinear(RowParallelLinear):
             tp_group=tensor_parallel.group,
         )
         self.tensor_parallel = tensor_parallel
-        _mark_divided(self.weight, dim=1)
+        mark_divided(self.weight, dim=1)
         _zero(self.bias)
 
 
@@ -233,7 +234,8 @@ def _construction(dtype: torch.dtype) -> ModelParallelConfig:
 _left_empty: Callable[[torch.Tensor], None] = lambda tensor: None  # noqa: E731 - never called
 
 
-def _mark_divided(weight: torch.nn.Parameter, *, dim: int) -> None:
+def mark_divided(weight: torch.nn.Parameter, *, dim: int) -> None:
+    """Say that tensor ranks hold parts of ``weight``: DeepSpeed's gradient norm asks."""
     weight.tensor_model_parallel = True
     weight.partition_dim = dim
     weight.partition_stride = 1

@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["RotaryTable"]
+__all__ = ["RotaryFrequencies", "RotaryTable"]
 
 
 class RotaryTable(torch.nn.Module):
@@ -30,7 +30,7 @@ class RotaryTable(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.dims = dims
-        inverse_frequencies = base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+        inverse_frequencies = _inverse_frequencies(base, dims)
         positions = torch.arange(seq_length, dtype=torch.float32)
         angles = torch.outer(positions.to(angle_dtype), inverse_frequencies.to(angle_dtype)).float()
         # (sequence, 2 * dims / 2)
@@ -64,3 +64,18 @@ class RotaryTable(torch.nn.Module):
         turned = torch.cat([-second, first], dim=-1)
         result = rotated * cosines + turned * sines
         return result if passed.shape[-1] == 0 else torch.cat([result, passed], dim=-1)
+
+
+class RotaryFrequencies(torch.nn.Module):
+    """The frequencies as NeoX keeps them in checkpoints under rotary_save_freqs_buffer.
+
+    They are there for others to read; the table is computed without them.
+    """
+
+    def __init__(self, dims: int, base: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", _inverse_frequencies(base, dims).to(dtype))
+
+
+def _inverse_frequencies(base: float, dims: int) -> torch.Tensor:
+    return base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)

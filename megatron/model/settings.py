@@ -8,7 +8,20 @@ from megatron.model.facts import ModelFacts
 
 __all__ = ["ModelSettings", "mlp_sizes"]
 
-Activation = Literal["gelu", "gelu_tanh", "swiglu"]
+Activation = Literal[
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "softsign",
+    "swish",
+    "mish",
+    "silu",
+    "geglu",
+    "reglu",
+    "swiglu",
+    "bilinear",
+    "glu",
+]
 InitMethod = Literal[
     "normal",
     "scaled_normal",
@@ -21,11 +34,8 @@ InitMethod = Literal[
     "scaled_orthogonal",
 ]
 
-_SUPPORTED = {
-    "norm": ("layernorm", "rmsnorm"),
-    "pos_emb": ("rotary", "learned", "none"),
-    "activation": ("gelu", "swiglu"),
-}
+_SUPPORTED = {"norm": ("layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm")}
+_GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 _ATTENTION_TYPES = ("global", "flash")
 _NOT_YET = "known to NeoX, not supported here yet"
 
@@ -43,13 +53,20 @@ class ModelSettings:
     padded_vocab_size: int
     tp_bias_multiplicity: int = 1
 
-    pos_emb: Literal["rotary", "learned", "none"] = "rotary"
+    pos_emb: Literal["rotary", "learned", "sinusoidal", "rpe", "alibi", "none"] = "rotary"
     rotary_dims: int = 0  # leading dimensions of each head that are rotated
     rotary_base: float = 10000.0
     rotary_angles: Literal["float32", "parameters"] = "float32"  # the type they are computed in
+    saves_rotary_frequencies: bool = False  # as a buffer of every block, in files too
     position_offset: int = 0  # added to learned positions
+    rpe_num_buckets: int = 32  # distances the relative bias tells apart
+    rpe_max_distance: int = 128  # tokens from which on all are alike to it
 
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    sliding_window: int | None = None  # tokens before itself that a token sees; None: all
+    normalises_queries_and_keys: bool = False
+    scales_by_layer: bool = False  # NeoX's apply_query_key_layer_scaling
+
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"] = "layernorm"
     norm_epsilon: float = 1e-5
 
     activation: Activation = "gelu"
@@ -87,7 +104,7 @@ class ModelSettings:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP multiplies an activated half with a plain one."""
-        return self.activation == "swiglu"
+        return self.activation in _GATED
 
     @classmethod
     def from_config(
@@ -109,7 +126,7 @@ class ModelSettings:
         Raises:
             ConfigError: a value is not supported here yet, or values contradict each other.
         """
-        problems = list(_unsupported(model))
+        problems = list(_unsupported(model, neox_version))
         if problems:
             raise ConfigError(*problems)
         heads = model.num_attention_heads
@@ -121,7 +138,7 @@ class ModelSettings:
             intermediate_size=model.intermediate_size,
             expansion_factor=model.expansion_factor,
             multiple_of=model.mlp_multiple_of,
-            gated=model.activation == "swiglu",
+            gated=model.activation in _GATED,
         )
         return cls(
             num_layers=model.num_layers,
@@ -136,11 +153,15 @@ class ModelSettings:
             rotary_dims=int(head_size * model.rotary_pct) if is_rotary else 0,
             rotary_base=float(model.rotary_emb_base),
             rotary_angles="parameters" if neox_version == "v1.0" else "float32",
+            saves_rotary_frequencies=is_rotary and bool(model.rotary_save_freqs_buffer),
             position_offset=model.opt_pos_emb_offset or 0,
+            rpe_num_buckets=model.rpe_num_buckets,
+            rpe_max_distance=model.rpe_max_distance,
+            sliding_window=model.sliding_window_width,
+            normalises_queries_and_keys=bool(model.use_qk_layernorm),
+            scales_by_layer=bool(model.apply_query_key_layer_scaling),
             norm=model.norm,
-            norm_epsilon=(
-                model.layernorm_epsilon if model.norm == "layernorm" else model.rms_norm_epsilon
-            ),
+            norm_epsilon=_norm_epsilon(model),
             activation="gelu_tanh" if is_tanh else model.activation,
             mlp_up_size=up_size,
             mlp_down_size=down_size,
@@ -176,6 +197,12 @@ class ModelSettings:
             for name, size in sizes.items()
             if size % tensor_parallel_size
         ]
+        if tensor_parallel_size > 1 and self.normalises_queries_and_keys and self.norm != "rmsnorm":
+            problems.append(
+                f"use_qk_layernorm with norm: {self.norm} normalises over all heads of a rank, so "
+                f"that the model would change with model_parallel_size ({tensor_parallel_size}); "
+                "use norm: rmsnorm, or model_parallel_size: 1"
+            )
         if problems:
             raise ConfigError(*problems)
 
@@ -230,7 +257,13 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _unsupported(model: Any) -> Any:
+def _norm_epsilon(model: Any) -> float:
+    if model.norm == "rmsnorm":
+        return model.rms_norm_epsilon
+    return model.scalenorm_epsilon if model.norm == "scalenorm" else model.layernorm_epsilon
+
+
+def _unsupported(model: Any, neox_version: str) -> Any:
     for name, supported in _SUPPORTED.items():
         value = getattr(model, name)
         if value not in supported:
@@ -240,9 +273,8 @@ def _unsupported(model: Any) -> Any:
         yield f"attention_config names {len(types)} layers, but num_layers is {model.num_layers}"
     for other in sorted({str(kind) for kind in types} - set(_ATTENTION_TYPES)):
         yield f"{_NOT_YET}: attention_config: {other} (supported: {', '.join(_ATTENTION_TYPES)})"
-    for name in ("use_qk_layernorm", "apply_query_key_layer_scaling", "sliding_window_width"):
-        if getattr(model, name):
-            yield f"{_NOT_YET}: {name}: {getattr(model, name)}"
+    if neox_version == "v1.0" and model.activation == "geglu":
+        yield f"{_NOT_YET}: activation: geglu with neox_version: v1.0, whose MLP was twice as wide"
 
 
 def _inconsistencies(settings: ModelSettings) -> Any:
@@ -257,6 +289,18 @@ def _inconsistencies(settings: ModelSettings) -> Any:
             f"num_attention_heads ({heads}) must be a multiple of "
             f"num_kv_heads ({settings.num_kv_heads})"
         )
+    if settings.normalises_queries_and_keys and settings.is_grouped_query:
+        yield (
+            f"use_qk_layernorm has one scale per query head, which {settings.num_kv_heads} key "
+            f"heads for {heads} query heads can't share; leave num_kv_heads out"
+        )
+    if settings.pos_emb == "rpe":
+        exact = settings.rpe_num_buckets // 2
+        if not 1 <= exact < settings.rpe_max_distance:
+            yield (
+                f"rpe_num_buckets ({settings.rpe_num_buckets}) must be at least 2, and "
+                f"rpe_max_distance ({settings.rpe_max_distance}) greater than half of it"
+            )
     if settings.pos_emb == "rotary":
         rotated = settings.rotary_dims
         if rotated < 2 or rotated % 2 or rotated > settings.head_size:

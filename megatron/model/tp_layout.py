@@ -18,7 +18,15 @@ import torch
 
 from megatron.model.settings import ModelSettings
 
-__all__ = ["TensorSplit", "full_shape", "local_vocabulary_rows", "merge", "split", "tensor_split"]
+__all__ = [
+    "TensorSplit",
+    "full_shape",
+    "local_heads",
+    "local_vocabulary_rows",
+    "merge",
+    "split",
+    "tensor_split",
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,12 @@ def tensor_split(name: str, settings: ModelSettings) -> TensorSplit:
     if module == "linear1":
         halves = 2 if settings.is_gated else 1
         return TensorSplit(0, (settings.mlp_up_size // halves,) * halves)
+    if module == "rpe":
+        return TensorSplit(1, (settings.num_attention_heads,))
+    if module in ("alibi_embed", "qk_layernorm") and kind != "g":
+        return TensorSplit(0, (settings.num_attention_heads,))
+    if module in ("rotary_emb", "qk_layernorm"):
+        return _REPLICATED
     if module in ("dense", "linear2"):
         if kind == "bias":
             return _REPLICATED
@@ -81,6 +95,12 @@ def full_shape(name: str, local_shape: Sequence[int], settings: ModelSettings) -
 def local_vocabulary_rows(settings: ModelSettings, size: int) -> int:
     """Return how many rows of the vocabulary each of ``size`` ranks holds, padding included."""
     return -(-settings.padded_vocab_size // size)
+
+
+def local_heads(settings: ModelSettings, *, size: int, rank: int) -> range:
+    """Return the numbers of the query heads that tensor rank ``rank`` of ``size`` holds."""
+    heads = settings.num_attention_heads // size
+    return range(rank * heads, (rank + 1) * heads)
 
 
 def split(

@@ -21,7 +21,7 @@ NORM_CLASS_NAMES = frozenset(
 )
 
 # What a layer calls its norms, of whatever class.
-_NORM_MODULES = frozenset({"input_layernorm", "post_attention_layernorm", "norm"})
+_NORM_MODULES = frozenset({"input_layernorm", "post_attention_layernorm", "norm", "qk_layernorm"})
 
 
 def decays_by_name(name: str) -> bool:

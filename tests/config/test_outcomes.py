@@ -94,9 +94,8 @@ def test_labels_are_given_for_all_three_or_for_none():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pos_emb": "alibi"}, "pos_emb=alibi (use rotary)"),
-        ({"norm": "scalenorm"}, "norm=scalenorm (use layernorm or rmsnorm)"),
-        ({"activation": "relu"}, "activation=relu (use gelu or swiglu)"),
+        ({"pos_emb": "rpe", "pipe_parallel_size": 2}, "pos_emb=rpe (its one table"),
+        ({"norm": "te_rmsnorm"}, "norm=te_rmsnorm (use layernorm or rmsnorm, which have the same"),
         ({"attention_config": [[["local"], 2]]}, "(use global or flash instead of local)"),
         ({"optimizer": {"type": "Lion", "params": {}}}, "optimizer={'type': 'Lion', 'params'"),
         ({"moe_num_experts": 8}, "moe_num_experts=8 (train a dense model: 1)"),
@@ -197,10 +196,13 @@ def test_what_training_cannot_do_without_is_asked_for(values, message):
         notices(**values)
 
 
-def test_the_default_position_scheme_is_judged_too():
-    flat = {**load().flat(), "pos_emb": "sinusoidal"}
-    assert judge(keys()["pos_emb"], flat).kind is OutcomeKind.REFUSED
-    assert judge(keys()["pos_emb"], load().flat()).kind is OutcomeKind.WORKS
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_relative_positions_work_on_one_stage(stages):
+    flat = {**load().flat(), "pos_emb": "rpe", "pipe_parallel_size": stages}
+    is_refused = judge(keys()["pos_emb"], flat).kind is OutcomeKind.REFUSED
+    assert is_refused == (stages == 2)
+    assert judge(keys()["rpe_num_buckets"], flat).kind is OutcomeKind.WORKS
+    assert judge(keys()["rpe_num_buckets"], load().flat()).kind is OutcomeKind.NO_EFFECT
 
 
 @pytest.mark.parametrize("name", ["a", "b", "a_bf16", "a_fp16", "bl_a"])
@@ -221,8 +223,7 @@ def test_neox_s_recorded_runs_can_be_launched(name):
         ("llama_gqa", []),
         ("tied_learned", []),
         ("bf16pp1", []),
-        ("rpe_sliding", ["sliding_window_width=4", "pos_emb=rpe"]),
-        ("sinus_tiedln_biasgelu", ["pos_emb=sinusoidal"]),
+        ("rpe_sliding", []),
     ],
 )
 def test_a_golden_run_can_be_launched_or_is_refused_by_name(name, refused):

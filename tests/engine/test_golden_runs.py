@@ -13,7 +13,10 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize(
     "name",
-    ["pp1", "pp0", "z1", "dp2", "noloss", "llama_gqa", "tied_learned", "tp2pp2"],
+    [
+        *("pp1", "pp0", "z1", "dp2", "noloss", "llama_gqa", "tied_learned", "tp2pp2"),
+        *("rpe_sliding_pp1", "sinus_tiedln_biasgelu"),
+    ],
 )
 def test_fp32_runs(name: str, tmp_path: Path):
     trained = run_training(golden_config(name, tmp_path), tmp_path)
@@ -24,6 +27,14 @@ def test_fp32_runs(name: str, tmp_path: Path):
     ]
     assert expected
     assert evaluations(trained.printed)[: len(expected)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_pipeline_neox_forgets_the_window(tmp_path: Path):
+    config = golden_config("rpe_sliding", tmp_path)
+    assert config["sliding_window_width"] == 4
+    golden = golden_run("rpe_sliding")["losses"]
+    whole = run_training(config | {"sliding_window_width": None}, tmp_path)
+    assert whole.losses == pytest.approx(golden, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bf16", "bf16pp1"])

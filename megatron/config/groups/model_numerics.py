@@ -1,9 +1,10 @@
 """Model keys: norms, biases, initial weights, and kernels that leave the numbers alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from megatron.config.declare import WORKS, key, no_effect, only, refused, same_numbers
+from megatron.config.declare import WORKS, Outcome, key, no_effect, only, refused, same_numbers
 
 __all__ = ["ModelNumerics"]
 
@@ -22,6 +23,13 @@ InitMethod = Literal[
 ]
 
 
+def _tunes_scalenorm(value: Any, keys: Mapping[str, Any]) -> Outcome:
+    """no effect without norm: scalenorm."""
+    if keys["norm"] == "scalenorm":
+        return WORKS
+    return no_effect("it only tunes norm: scalenorm, which is off")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelNumerics:
     """Everything that acts on the numbers inside a block, and fused kernels."""
@@ -38,7 +46,13 @@ class ModelNumerics:
         | None
     ) = key(
         "layernorm",
-        outcome=only("layernorm", "rmsnorm", advice="use layernorm or rmsnorm"),
+        outcome=only(
+            "layernorm",
+            "rmsnorm",
+            "scalenorm",
+            "non_parametric_layernorm",
+            advice="use layernorm or rmsnorm, which have the same maths",
+        ),
     )
     """Kind of every norm."""
 
@@ -54,9 +68,7 @@ class ModelNumerics:
     rms_norm_epsilon: float | None = key(1e-8, tier=2, minimum=0, outcome=WORKS)
     """Added to the mean square in RMSNorm. (Llama's checkpoints want 1e-5 or 1e-6.)"""
 
-    scalenorm_epsilon: float | None = key(
-        1e-8, tier=2, minimum=0, outcome=no_effect("it only tunes norm: scalenorm, which is off")
-    )
+    scalenorm_epsilon: float | None = key(1e-8, tier=2, minimum=0, outcome=_tunes_scalenorm)
     """Least length ScaleNorm divides by."""
 
     use_flashattn_swiglu: bool | None = key(False, tier=3, outcome=_ONE_KERNEL)

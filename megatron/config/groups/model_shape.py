@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.declare import WORKS, key, no_effect, only
+from megatron.config.declare import WORKS, key, no_effect
 
 __all__ = ["ModelShape"]
 
@@ -75,7 +75,7 @@ class ModelShape:
             "glu",
         ]
         | None
-    ) = key("gelu", outcome=only("gelu", "swiglu", advice="use gelu or swiglu"))
+    ) = key("gelu", outcome=WORKS)
     """Function inside the MLP. ``geglu``, ``reglu``, ``swiglu``, ``bilinear``, ``glu`` are gated:
     one half of the first linear's output scales the other."""
 
