@@ -1,12 +1,12 @@
 """Actions that succeed on every rank or fail on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megatron.base.errors import MegatronError
 from megatron.engine.distributed import ProcessGroups
 
-__all__ = ["PeerFailedError", "together"]
+__all__ = ["PeerFailedError", "raise_together", "report_of", "together"]
 
 T = TypeVar("T")
 
@@ -31,18 +31,34 @@ def together(groups: ProcessGroups, action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:  # noqa: BLE001 - re-raised below, once the peers know
         error = raised
-    report = None if error is None else f"{type(error).__name__}: {error}"
-    reports = groups.gather(report)
+    raise_together(error, groups.gather(report_of(error)))
+    return result  # type: ignore[return-value]
+
+
+def report_of(error: Exception | None) -> str | None:
+    """Return what other ranks are told of an error; None if there is none."""
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def raise_together(error: Exception | None, reports: Sequence[str | None]) -> None:
+    """Raise on every rank if one of them has an error; for what gathers reports along the way.
+
+    Args:
+        error: this rank's.
+        reports: :func:`report_of` every rank's, in rank order.
+
+    Raises:
+        Exception, PeerFailedError: see :func:`together`.
+    """
     if error is not None:
         if isinstance(error, MegatronError) and error.teller is None:
-            error.teller = reports.index(report)
+            error.teller = reports.index(report_of(error))
         raise error
     failed = {rank: text for rank, text in enumerate(reports) if text is not None}
     if failed:
         peer_failed = PeerFailedError(_describe(failed, len(reports)))
         peer_failed.teller = min(failed)
         raise peer_failed
-    return result  # type: ignore[return-value]
 
 
 def _describe(failed: dict[int, str], world_size: int) -> str:

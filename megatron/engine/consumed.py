@@ -6,6 +6,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megatron.config.batch_geometry import BatchGeometry
+from megatron.engine.agreement import raise_together, report_of
 from megatron.engine.distributed import ProcessGroups
 from megatron.ledger.digests import MODULUS, agreed_digests, batch_digest
 
@@ -70,16 +71,27 @@ class ConsumedDigests:
         self._kept_bytes = 0
 
 
-def collect_digests(groups: ProcessGroups, consumed: ConsumedDigests | None) -> dict[int, int]:
+def collect_digests(
+    groups: ProcessGroups, consumed: ConsumedDigests | None, error: Exception | None = None
+) -> dict[int, int]:
     """Return the digests of the steps done since the last call, on every rank. Collective.
 
+    Args:
+        groups: of this rank.
+        consumed: what it read; None: it doesn't read.
+        error: what went wrong here since the last call; the same gather tells the others of it.
+
     Raises:
+        Exception, PeerFailedError: on every rank, if one had an ``error``; see
+            :func:`megatron.engine.agreement.together`.
         RunDirectoryError: first and last pipeline stage read different samples.
     """
     mine = consumed.take() if consumed is not None else {}
+    gathered = groups.gather((mine, report_of(error)))
+    raise_together(error, [report for _, report in gathered])
     last_stage = groups.topology.pipeline_parallel_size - 1
     sums: dict[int, dict[int, int]] = {0: {}, last_stage: {}}
-    for rank, of_rank in enumerate(groups.gather(mine)):
+    for rank, (of_rank, _) in enumerate(gathered):
         stage = groups.topology.coordinates(rank).pipeline_stage
         for step, digest in of_rank.items():
             totals = sums[stage]

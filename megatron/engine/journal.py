@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from megatron.engine.agreement import together
+from megatron.engine.agreement import raise_together, report_of
 from megatron.engine.consumed import collect_digests
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.steps import MicroBatchSource
@@ -18,8 +18,10 @@ __all__ = ["Journal"]
 class Journal:
     """Records steps and evaluations of a run that is saved.
 
-    Digests are summed over the ranks every ``interval`` steps and before each save, so recording
-    adds no collective to a step.
+    Digests are summed over the ranks every ``interval`` steps, by one gather, and before each save,
+    so recording adds no collective to a step. What fails on rank 0 as it writes lines is raised on
+    every rank by the next gather, ``interval`` steps later at most: before anything that holds
+    those steps is saved, and before training ends.
 
     Args:
         groups: of this rank.
@@ -44,6 +46,7 @@ class Journal:
         self._interval = interval
         self._component_cursors = component_cursors
         self._waiting = 0
+        self._error: Exception | None = None  # rank 0's, which no other rank knows of yet
 
     def started(self, startup_s: Mapping[str, float]) -> None:
         """Note on rank 0 how long the launch took to its first step, by phase."""
@@ -54,31 +57,34 @@ class Journal:
         """Record a step. Collective every ``interval`` steps.
 
         Raises:
-            RunDirectoryError: on every rank, with the lines: it read other samples than the first
-                time it was done. On rank 0 alone: the step isn't the lineage's next.
+            RunDirectoryError: on every rank, with the lines of the steps before: one of them read
+                other samples than the first time it was done, or they could not be written. On
+                rank 0 alone: the step isn't the lineage's next.
         """
         if self._recorder is not None:
             self._recorder.step(record)
         self._waiting += 1
         if self._waiting >= self._interval:
-            self.flush()
+            self._write_lines()
 
     def flush(self) -> None:
-        """Write the lines of all steps so far. Collective."""
-        digests = collect_digests(self._groups, self._sources["train"].consumed)
-        self._waiting = 0
-        self._on_rank_0(lambda recorder: recorder.flush(digests))
+        """Write the lines of all steps so far, or fail on every rank. Collective."""
+        self._write_lines()
+        self._settle()
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Record an evaluation, whose digest is worked out here. Collective."""
-        digests = collect_digests(self._groups, self._sources[record.stream].consumed)
+        """Record an evaluation, whose digest is worked out here. Collective.
+
+        Raises:
+            RunDirectoryError: on every rank: see :meth:`step`, or it isn't where its stream is.
+        """
+        digests = self._collect(record.stream)
         digest = digest_text(sum(digests.values()) % MODULUS)
         self._on_rank_0(lambda recorder: recorder.evaluation(replace(record, digest=digest)))
         self.flush()
 
     def ledger(self, *, evaluation_due: bool) -> Ledger | None:
         """Return the ledger of a checkpoint of the last step, on rank 0. Collective."""
-        self.flush()
         ledger: Ledger | None = None
 
         def build(recorder: Recorder) -> None:
@@ -86,7 +92,9 @@ class Journal:
             recorder.sync()
             ledger = recorder.ledger(self._component_cursors, evaluation_due=evaluation_due)
 
+        self._write_lines()
         self._on_rank_0(build)
+        self._settle()
         return ledger
 
     @property
@@ -109,6 +117,22 @@ class Journal:
         if self._recorder is not None:
             self._recorder.close(reason)
 
+    def _write_lines(self) -> None:
+        digests = self._collect("train")
+        self._waiting = 0
+        self._on_rank_0(lambda recorder: recorder.flush(digests))
+
+    def _collect(self, stream: str) -> dict[int, int]:
+        return collect_digests(self._groups, self._sources[stream].consumed, self._error)
+
     def _on_rank_0(self, action: Callable[[Recorder], None]) -> None:
-        recorder = self._recorder
-        together(self._groups, lambda: action(recorder) if recorder is not None else None)
+        """Act on rank 0, if nothing has failed there; the next gather tells if this does."""
+        if self._recorder is None or self._error is not None:
+            return
+        try:
+            action(self._recorder)
+        except Exception as error:  # noqa: BLE001 - raised by the next gather, on every rank
+            self._error = error
+
+    def _settle(self) -> None:
+        raise_together(self._error, self._groups.gather(report_of(self._error)))

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.base.errors import RunDirectoryError
 from megatron.config.batch_geometry import BatchGeometry
 from megatron.config.load import load_config
 from megatron.config.outcomes import check_launch
 from megatron.ledger.attempt_facts import read_attempt_facts
+from megatron.ledger.attempts import AttemptLog
 from megatron.ledger.digests import batch_digest, digest_text
 from megatron.ledger.ledger_file import read_ledger
 from megatron.ledger.lineage import lineage_of_checkpoint, lineage_of_run
@@ -171,3 +173,31 @@ def test_preshuffled_rows_are_read_one_after_the_other(tmp_path: Path):
         digest_text(batch_digest(rows[start : start + 8], range(start, start + 8)))
         for start in (0, 8, 16)
     ]
+
+
+@pytest.mark.parametrize(("checkpoint_factor", "steps"), [(2, 2), (8, 3)])
+def test_lines_that_cannot_be_written_stop_every_rank_before_a_save_or_at_the_next_gather(
+    checkpoint_factor: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each step is flushed; the second time rank 0 fails. Nothing of step 2 is published."""
+    written = []
+    append = AttemptLog.append_chained
+
+    def full_at_the_second(self: AttemptLog, records: Any, previous: str) -> str:
+        written.append(None)
+        if len(written) == 2:
+            raise RunDirectoryError("no room for lines")
+        return append(self, records, previous)
+
+    monkeypatch.setattr(AttemptLog, "append_chained", full_at_the_second)
+    changes = {"checkpoint_factor": checkpoint_factor, "log_interval": 1, "num_gpus": 2}
+    keys = config(tmp_path, gradient_accumulation_steps=1, eval_interval=100, **changes)
+    with pytest.raises(WorldFailed, match="RunDirectoryError: no room for lines") as failed:
+        run_training(keys, tmp_path)
+    assert "PeerFailedError: rank 0 failed: RunDirectoryError: no room" in str(failed.value)
+    assert list((tmp_path / "run").glob("global_step*")) == []
+    facts = read_attempt_facts(tmp_path / "run", 1)
+    assert facts is not None
+    assert facts.stop is not None
+    assert facts.stop.reason == "failed: RunDirectoryError"
+    assert (facts.stop.step, facts.stop.done_step) == (1, steps)
