@@ -24,6 +24,7 @@ from megatron.config.transport import load_transported
 from megatron.engine.agreement import together
 from megatron.engine.assembly import ModuleSettings, build_module, initialize_engine
 from megatron.engine.deepspeed_config import deepspeed_settings
+from megatron.engine.determinism import use_deterministic_kernels
 from megatron.engine.distributed import ProcessGroups, RankEnvironment, connect, rank_environment
 from megatron.engine.loop import LoopSettings, StopReason, Training, run
 from megatron.engine.optimizer_numerics import OptimizerNumerics
@@ -138,6 +139,8 @@ def prepare(
         phases.enter(phase)
 
     begin("connect")
+    if config.ledger.deterministic:
+        use_deterministic_kernels()
     groups = connect(environment, config.topology, backend=config.other.distributed_backend)
     begin("verify")
     checkpoints = Checkpoints.open(config, groups)

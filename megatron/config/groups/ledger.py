@@ -46,9 +46,10 @@ class Ledger:
     """Save and stop before this launch has taken so long, with exit status 75. SLURM's time limit
     is watched as well; the earlier of the two counts."""
 
-    deterministic: bool = key(False, outcome=refused("leave it out; without GPUs it is always so"))
-    """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit.
-    Without GPUs always so."""
+    deterministic: bool = key(False, outcome=WORKS)
+    """Use deterministic kernels on GPUs, so that a resumed run has the same numbers bit for bit;
+    slower, and an operation without such a kernel is an error that names it. On CPUs numbers are
+    the same anyway."""
 
     neox_version: Literal["main", "v1.0"] = key("main", outcome=_neox_version)
     """Whose numerics to follow: ``v1.0`` is what Pythia was trained with (learning-rate formula,
