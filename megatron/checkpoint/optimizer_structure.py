@@ -12,7 +12,9 @@ from megatron.checkpoint.stored_headers import (
     is_parameter,
 )
 
-__all__ = ["optimizer_problems"]
+__all__ = ["NO_OPTIMIZER_FILE", "optimizer_problems"]
+
+NO_OPTIMIZER_FILE = "no optimizer file is there"  # in the problem of a checkpoint of weights alone
 
 _ALIGNMENT = 4  # DeepSpeed pads a flat vector to a multiple of 2 or 4 times the ranks
 _LISTED = 4  # of missing files, in one message
@@ -63,7 +65,7 @@ def _missing_files(files: TorchFiles, model_ranks: int, data_ranks: int) -> Iter
     ]
     if len(names) == len(expected):
         yield (
-            f"{names[0]}: no optimizer file is there, of {len(expected)}: the weights can be "
+            f"{names[0]}: {NO_OPTIMIZER_FILE}, of {len(expected)}: the weights can be "
             "loaded, but not gone on from exactly"
         )
     elif names:

@@ -244,8 +244,12 @@ def test_a_directory_without_checkpoints_is_2(is_there, tmp_path, capsys):
 def test_missing_optimizer_state_is_missed_unless_told_otherwise(save, capsys):
     for path in (save / "global_step10").glob("zero_*"):
         path.unlink()
-    assert verified(capsys, save)[0] == 1
-    assert verified(capsys, save, "--weights-only")[0] == 0
+    status, answer = verified(capsys, save)
+    assert status == 1
+    assert "--weights-only doesn't miss an optimizer" in answer["checkpoints"][0]["notes"][-1]
+    status, answer = verified(capsys, save, "--weights-only")
+    assert status == 0
+    assert not any("--weights-only" in note for note in answer["checkpoints"][0]["notes"])
 
 
 @pytest.mark.parametrize("name", [LAYER_5, OPTIMIZER_3, METADATA_1])

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.base.errors import CheckpointError
 from megatron.base.printing import printable
 from megatron.checkpoint.neighbours import Fingerprint, fingerprint, likenesses
+from megatron.checkpoint.optimizer_structure import NO_OPTIMIZER_FILE
 from megatron.checkpoint.verification import Verdict, verify_checkpoint
 from megatron.cli.checkpoints.found import Found, find_checkpoints
 from megatron.cli.checkpoints.tool import CANNOT_TELL, run_tool
@@ -106,9 +107,15 @@ def _verified(found: Found, *, needs_optimizer: bool) -> list[Verdict]:
     verdicts = []
     for checkpoint in found.checkpoints:
         with progress(f"files of {checkpoint.name}") as on_file, reading(checkpoint):
-            verdicts.append(
-                verify_checkpoint(checkpoint, needs_optimizer=needs_optimizer, on_file=on_file)
+            verdict = verify_checkpoint(
+                checkpoint, needs_optimizer=needs_optimizer, on_file=on_file
             )
+        if any(NO_OPTIMIZER_FILE in problem for problem in verdict.problems):
+            verdict.notes.append(
+                "--weights-only doesn't miss an optimizer: for a checkpoint of weights alone, such "
+                "as reshape.py --for-neox or a publisher's"
+            )
+        verdicts.append(verdict)
     return verdicts
 
 
