@@ -5,16 +5,68 @@ a GPU, or on machines without GPUs a process. A filter is ``host[:slot,slot][@ho
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.base.errors import ConfigError
+from megatron.config.slurm import allocated_hosts
 
-__all__ = ["DEFAULT_HOSTFILE", "find_hostfile", "parse_hostfile", "select_hosts"]
+__all__ = [
+    "DEFAULT_HOSTFILE",
+    "ListedHosts",
+    "find_hostfile",
+    "list_hosts",
+    "parse_hostfile",
+    "select_hosts",
+]
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 
 _ENTRY = re.compile(r"(?P<host>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+
+
+@dataclass(frozen=True)
+class ListedHosts:
+    """The hosts there are, before filters."""
+
+    slots: dict[str, int]  # by host
+    source: str  # where that is from, in words
+    hostfile: Path | None = None
+    is_allocation: bool = False  # they are those of the SLURM job we are in
+
+
+def list_hosts(
+    hostfile: str | None,
+    *,
+    num_gpus: int | None,
+    uses_slurm: bool,
+    local_slots: Callable[[], int],
+    environ: Mapping[str, str],
+) -> ListedHosts:
+    """Return the hosts of a launch: the host file's, the SLURM allocation's, or this machine.
+
+    Args:
+        hostfile: the key's value.
+        num_gpus: the key's value; without a host file it is the number of slots.
+        uses_slurm: whether SLURM is to start the ranks.
+        local_slots: answers how many devices this machine has.
+        environ: the launcher's environment.
+
+    Raises:
+        ConfigError: the host file is no good.
+    """
+    path = find_hostfile(hostfile, environ)
+    if path is not None:
+        return ListedHosts(parse_hostfile(path), f"hostfile {path}", hostfile=path)
+    if uses_slurm:
+        slots = allocated_hosts(environ, slots=num_gpus, local_slots=local_slots)
+        if slots is not None:
+            job = environ.get("SLURM_JOB_ID", "")
+            return ListedHosts(slots, f"SLURM job {job}".strip(), is_allocation=True)
+    if num_gpus is not None and num_gpus > 0:
+        return ListedHosts({"localhost": num_gpus}, f"num_gpus={num_gpus}")
+    return ListedHosts({"localhost": local_slots()}, "this machine")
 
 
 def find_hostfile(configured: str | None, environ: Mapping[str, str]) -> Path | None:

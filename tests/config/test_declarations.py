@@ -60,7 +60,9 @@ def test_a_key_has_neox_s_group_default_and_choices(neox):
         assert type(ours.default) is type(neox["default"])
     # zero_stage may also be "all", for DeepSpeed's autotuner
     expected = ["all"] if neox["name"] == "zero_stage" else neox["allowed"] or []
-    assert choices(ours.annotation) == expected
+    # DeepSpeed's launcher knows two that NeoX has forgotten
+    more = {"mpich", "impi"} if neox["name"] == "launcher" else set()
+    assert [choice for choice in choices(ours.annotation) if choice not in more] == expected
 
 
 def test_no_key_is_without_an_outcome():

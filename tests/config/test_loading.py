@@ -195,7 +195,7 @@ def test_all_problems_come_together_and_none_twice(tmp_path):
             {"attention_config": [[["gmlp"], 2]], "partition_activations": True},
             "partition_activations=True (override) can't be combined with gmlp or amlp layers",
         ),
-        ({"launcher": "mpich"}, "launcher must be one of pdsh, openmpi, mvapich, slurm"),
+        ({"launcher": "rsh"}, "launcher must be one of pdsh, openmpi, mpich, impi, mvapich, slurm"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_with_its_reason(keys, message):
@@ -248,7 +248,7 @@ def test_a_hostfile_that_is_not_there_means_this_machine(model_file):
 def test_more_ranks_than_slots_are_refused(model_file, tmp_path):
     message = (
         "pipe_parallel_size=2 (override) x model_parallel_size=2 (override) needs 4 ranks, more "
-        "than the 2 slots there are (this machine's)"
+        "than the 2 slots there are (this machine)"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         load_files(model_file, pipe_parallel_size=2, model_parallel_size=2, slots=lambda: 2)

@@ -1,6 +1,5 @@
 """How many ranks there are, and how they are divided."""
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,15 +7,7 @@ from megatron.base.errors import ConfigError
 from megatron.config.derivations.elastic import nearest_rank_counts
 from megatron.config.draft import Draft, reads
 
-__all__ = ["default_hostfile", "parallelism_derivation"]
-
-_DEFAULT_HOSTFILE = "/job/hostfile"
-
-
-def default_hostfile(environ: Mapping[str, str]) -> str | None:
-    """Return the host file used when no key names one, if it exists."""
-    path = environ.get("DLTS_HOSTFILE", _DEFAULT_HOSTFILE)
-    return path if os.path.isfile(path) else None
+__all__ = ["parallelism_derivation"]
 
 
 def parallelism_derivation(
@@ -25,7 +16,7 @@ def parallelism_derivation(
     """Return the derivation that counts the ranks and divides them.
 
     It is the one that may look at the machine: ``local_slots`` answers how many devices there are,
-    ``environ`` names the default host file.
+    ``environ`` names the default host file, or the hosts of a SLURM job.
     """
 
     @reads(
@@ -35,6 +26,8 @@ def parallelism_derivation(
         "exclude",
         "num_nodes",
         "num_gpus",
+        "launcher",
+        "deepspeed_slurm",
         "pipe_parallel_size",
         "model_parallel_size",
     )
@@ -90,21 +83,21 @@ def _count_slots(
 ) -> tuple[int, str]:
     """Return the number of ranks and where that number comes from."""
     # the launcher's file, which needs nothing else of the configuration
-    from megatron.config.hostfile import parse_hostfile, select_hosts
+    from megatron.config.hostfile import list_hosts, select_hosts
 
-    hostfile = draft["hostfile"] or default_hostfile(environ)
     num_gpus = draft["num_gpus"]
-    if hostfile is not None and os.path.isfile(hostfile):
-        hosts, source = parse_hostfile(hostfile), f"hostfile {hostfile}"
-    elif num_gpus is not None and num_gpus > 0:
-        hosts, source = {"localhost": num_gpus}, draft.say("num_gpus")
-    else:
-        slots = local_slots()
-        if slots < 1:
-            raise ConfigError(
-                "this machine has no device to run on; set num_gpus to the number of processes"
-            )
-        hosts, source = {"localhost": slots}, "this machine's"
+    listed = list_hosts(
+        draft["hostfile"],
+        num_gpus=num_gpus,
+        uses_slurm=draft["launcher"] == "slurm" or bool(draft["deepspeed_slurm"]),
+        local_slots=local_slots,
+        environ=environ,
+    )
+    hosts, source = listed.slots, listed.source
+    if min(hosts.values()) < 1:
+        raise ConfigError(
+            "this machine has no device to run on; set num_gpus to the number of processes"
+        )
     num_nodes = draft["num_nodes"] if len(hosts) > 1 else None
     selected = select_hosts(
         hosts,

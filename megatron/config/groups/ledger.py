@@ -36,6 +36,9 @@ class Ledger:
     worked out from it. The micro batch is at most ``train_micro_batch_size_per_gpu``; both have to
     be set."""
 
+    launcher_args: str | None = key(None, tier=2, outcome=WORKS)
+    """Further options of pdsh, srun or mpirun, as in a shell: ``--mca plm_rsh_no_tree_spawn 1``."""
+
     hang_timeout: float | None = key(None, unit="seconds", minimum=0, outcome=WORKS)
     """End the job, with every rank's stacks, when a rank takes longer than this for a step or for a
     batch of an evaluation. Unset: 20 times the slowest of the last steps, at least 2 minutes. A

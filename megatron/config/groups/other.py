@@ -56,7 +56,8 @@ class Other:
     """Ask MPI for this process's rank."""
 
     deepspeed_slurm: bool | None = key(False, outcome=WORKS)
-    """Ask SLURM's environment variables for this process's rank. Implies ``force_multi``."""
+    """Start through ``srun``, on the hosts of the SLURM job around ``deepy.py`` unless a host file
+    names them. Implies ``force_multi``."""
 
     user_script: str | None = key(None, is_derived=True, outcome=WORKS)
     """Script that deepy.py starts on every rank; from its command line."""

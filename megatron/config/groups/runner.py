@@ -36,9 +36,12 @@ class DeepspeedRunner:
     """Address at which the ranks find each other; ``$MASTER_ADDR`` wins over it. Unset: that of the
     first host."""
 
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] | None = key("pdsh", outcome=WORKS)
-    """Program that starts ranks on several hosts. One host alone is started without it unless
-    ``force_multi`` is set."""
+    launcher: Literal["pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm"] | None = key(
+        "pdsh", outcome=WORKS
+    )
+    """What starts the ranks' agents on several hosts. One host alone is started without it unless
+    ``force_multi`` is set. ``slurm``: the hosts are those of the SLURM job around ``deepy.py``, if
+    there is no host file."""
 
     force_multi: bool | None = key(False, tier=2, outcome=WORKS)
     """Use ``launcher`` for one host too. On by itself with ``deepspeed_slurm`` and
@@ -53,7 +56,7 @@ class DeepspeedRunner:
     """Don't try to reach every host with ssh before launching."""
 
     comment: str | None = key(None, tier=2, outcome=WORKS)
-    """Comment put on the SLURM job step."""
+    """Comment put on the SLURM job step (``launcher: slurm``)."""
 
     account: str | None = key(None, tier=2, outcome=WORKS)
-    """Account the SLURM job step is charged to."""
+    """Account the SLURM job step is charged to (``launcher: slurm``)."""

@@ -8,6 +8,7 @@ which save and end. A second wish goes on too, and what then still runs is kille
 Of a job on several nodes every node has such a loop; a link joins it to the launcher's.
 """
 
+import os
 import selectors
 import signal
 import time
@@ -126,7 +127,7 @@ class _Node:
         if link is not None:
             self._selector.register(link, selectors.EVENT_READ)
         self._started = self._looked_at = time.monotonic()
-        self._wishes = Wishes()
+        self._wishes = Wishes(under_slurm="SLURM_JOB_ID" in os.environ)
         self._hang: str | None = None
         self._due: list[
             tuple[float, Callable[[], None]]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.base.errors import LaunchError
+from megatron.base.exit_codes import NODE_LOST
 from megatron.engine.launch.addresses import is_loopback
 from megatron.engine.launch.agent import GraceTimes
 from megatron.engine.launch.conclusion import JobEnd
@@ -65,8 +66,8 @@ def run_job(
     grace: GraceTimes,
     connect_s: float,
     all_are_here: Callable[[], None],
-) -> int:
-    """Run a job on several nodes to its end and return its exit status.
+) -> JobEnd | None:
+    """Run a job on several nodes to its end, say how it ended, and return that.
 
     When this returns, nothing of the job runs any more on a node that can be reached; if this
     process is killed, the agents see it. Main thread only.
@@ -77,6 +78,9 @@ def run_job(
         grace: how long ranks may take to end.
         connect_s: how long agents may take to come.
         all_are_here: called when the last agent has come.
+
+    Returns:
+        None if a signal stopped the launch before a rank was started.
 
     Raises:
         LaunchError: a node can't take part; no rank was started.
@@ -91,14 +95,14 @@ def run_job(
         head = _Head(job, inbox, listener, starter, grace)
         stack.callback(head.close)
         if not head.muster(connect_s):
-            return 128 + head.wishes.numbers[0]
+            return None
         all_are_here()
         head.start_ranks()
         head.wait()
         end = head.conclude()
         starter.end()  # so that what the agents wrote stands before our last words
         write_all(_STDERR, end.report().encode())
-        return end.status
+        return end
 
 
 class _Starter:
@@ -177,7 +181,7 @@ class _Head:
         starter: _Starter,
         grace: GraceTimes,
     ) -> None:
-        self.wishes = Wishes()
+        self.wishes = Wishes(under_slurm="SLURM_JOB_ID" in os.environ)
         self._job = job
         self._inbox = inbox
         self._listener = listener
@@ -215,7 +219,9 @@ class _Head:
             if missing and (has_starter_ended or time.monotonic() > deadline):
                 self._take_turn()  # what came before the end
                 self._refuse("not all nodes came")
-                raise LaunchError(self._why_not_all_came(missing, connect_s))
+                error = LaunchError(self._why_not_all_came(missing, connect_s))
+                error.exit_code = NODE_LOST  # another try may get other nodes
+                raise error
         self._compare_devices()
         if problems := [f"{node.name}: {node.problem}" for node in self._nodes if node.problem]:
             self._refuse("a node can't take part")

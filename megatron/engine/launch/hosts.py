@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megatron.base.errors import LaunchError
 from megatron.config.groups import DeepspeedRunner
-from megatron.config.hostfile import find_hostfile, parse_hostfile, select_hosts
-from megatron.engine.launch.devices import count_devices
+from megatron.config.hostfile import list_hosts, select_hosts
+from megatron.engine.launch.devices import count_devices, local_slots
 
 __all__ = ["Hosts", "choose_hosts", "is_this_machine"]
 
@@ -19,7 +19,8 @@ class Hosts:
     """Where the ranks go."""
 
     slots: dict[str, list[int]]  # by host; ranks count through them in this order
-    hostfile: str | None  # the file they are from; None for this machine alone
+    hostfile: str | None  # the file they are from, if there is one
+    is_allocation: bool = False  # they are those of the SLURM job we are in
 
     @property
     def num_ranks(self) -> int:
@@ -27,20 +28,44 @@ class Hosts:
         return sum(map(len, self.slots.values()))
 
 
-def choose_hosts(runner: DeepspeedRunner, *, world_size: int, environ: Mapping[str, str]) -> Hosts:
+def choose_hosts(
+    runner: DeepspeedRunner,
+    *,
+    world_size: int,
+    environ: Mapping[str, str],
+    uses_slurm: bool | None = False,
+) -> Hosts:
     """Return where ``world_size`` ranks go, as the launcher's keys say.
+
+    Args:
+        runner: the launcher's keys.
+        world_size: the number of ranks.
+        environ: the launcher's environment.
+        uses_slurm: the key ``deepspeed_slurm``; as ``launcher: slurm`` it takes the hosts of the
+            SLURM job around us, if there is no host file.
 
     Raises:
         ConfigError: the host file is no good, or the keys ask for hosts or slots it doesn't have.
         LaunchError: the slots are not as many as there are ranks, or more than this machine's GPUs.
     """
-    path = find_hostfile(runner.hostfile, environ)
-    if path is None:
+    found = list_hosts(
+        runner.hostfile,
+        num_gpus=runner.num_gpus,
+        uses_slurm=bool(uses_slurm) or runner.launcher == "slurm",
+        local_slots=lambda: local_slots(environ),
+        environ=environ,
+    )
+    path, listed, source = found.hostfile, found.slots, found.source
+    is_this_machine_alone = path is None and not found.is_allocation
+    if is_this_machine_alone:
+        if uses_slurm:
+            raise LaunchError(
+                "deepspeed_slurm is set, but this is no SLURM job (no $SLURM_JOB_NODELIST) and "
+                "there is no hostfile; start deepy.py from a batch script or from salloc"
+            )
         # Without GPUs a slot is a process, and the configuration may ask for any number.
         wanted = runner.num_gpus if runner.num_gpus and runner.num_gpus > 0 else world_size
-        listed = {"localhost": wanted}
-    else:
-        listed = parse_hostfile(path)
+        listed, source = {"localhost": wanted}, "this machine"
     slots = select_hosts(
         listed,
         include=runner.include,
@@ -48,8 +73,11 @@ def choose_hosts(runner: DeepspeedRunner, *, world_size: int, environ: Mapping[s
         num_nodes=runner.num_nodes if len(listed) > 1 else None,
         num_gpus=runner.num_gpus,
     )
-    hosts = Hosts(slots, hostfile=None if path is None else str(path))
-    source = f"hostfile {path}" if path is not None else "this machine"
+    hosts = Hosts(
+        slots,
+        hostfile=None if path is None else str(path),
+        is_allocation=found.is_allocation,
+    )
     if hosts.num_ranks != world_size:
         raise LaunchError(
             f"the configuration is for {world_size} ranks (global_num_gpus), but {source} gives "
@@ -57,7 +85,7 @@ def choose_hosts(runner: DeepspeedRunner, *, world_size: int, environ: Mapping[s
             + ", ".join(f"{host} {len(numbers)}" for host, numbers in slots.items())
             + "; leave global_num_gpus out to have it counted, or change the slots"
         )
-    if len(slots) == 1:
+    if len(slots) == 1 and not found.is_allocation:
         _require_devices(next(iter(slots.values())), source, environ)
     return hosts
 

@@ -1,5 +1,6 @@
 """A launch on several nodes: what has to be ready before agents start, and what is left after."""
 
+import os
 import shlex
 import subprocess
 import time
@@ -8,8 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron.base.errors import ConfigError, LaunchError
+from megatron.base.exit_codes import NODE_LOST
 from megatron.engine.launch.addresses import own_addresses
 from megatron.engine.launch.agent import GraceTimes
+from megatron.engine.launch.conclusion import JobEnd
 from megatron.engine.launch.head import Job, run_job
 from megatron.engine.launch.job_channel import CONNECT_S
 from megatron.engine.launch.job_file import TOKEN_VARIABLE, JobSecrets, write_job_file
@@ -30,8 +33,11 @@ def launch_on_hosts(
     environ: Mapping[str, str],
     grace: GraceTimes,
     checks_ssh: bool,
-) -> int:
-    """Start an agent on every host of ``job`` and return the job's exit status.
+) -> JobEnd | None:
+    """Start an agent on every host of ``job`` and return how the job ended.
+
+    Returns:
+        None if a signal stopped the launch before a rank was started.
 
     Raises:
         LaunchError: a host can't be reached, or can't take part.
@@ -118,7 +124,10 @@ def _reach(hosts: Sequence[str], job_file: Path, secrets: JobSecrets) -> None:
             reason = words.decode(errors="replace").strip().replace("\n", "; ")
             problems.append(f"{host} ({reason or f'status {process.returncode}'})")
     if problems:
-        raise LaunchError(
+        error = LaunchError(
             f"{len(problems)} of {len(hosts)} hosts can't be used: {', '.join(problems)}; try "
             "`ssh HOST` without a password, correct the hostfile, or leave hosts out with exclude"
         )
+        if "SLURM_JOB_ID" in os.environ:
+            error.exit_code = NODE_LOST  # the next try may get other nodes
+        raise error

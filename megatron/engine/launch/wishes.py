@@ -12,6 +12,7 @@ FORWARDED_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGHUP,
 )
+_ANNOUNCEMENTS = (signal.SIGUSR1, signal.SIGUSR2)
 # SLURM signals every process of a step, and the launcher passes on what it gets itself.
 _SAME_WISH_S = 2.0
 
@@ -19,8 +20,9 @@ _SAME_WISH_S = 2.0
 class Wishes:
     """The wishes so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, under_slurm: bool = False) -> None:
         self.numbers: tuple[int, ...] = ()
+        self._under_slurm = under_slurm
         self._last_at = -float("inf")
 
     def add(self, number: int, *, is_urgent: bool = False) -> bool:
@@ -34,9 +36,21 @@ class Wishes:
         is_same = now < self._last_at + _SAME_WISH_S
         if is_same and not (is_urgent and number in self.numbers):
             return False
+        if self.numbers and not self._hurries(number):
+            return False
         self.numbers += (int(number),)
         self._last_at = now
         return True
+
+    def _hurries(self, number: int) -> bool:
+        """Whether a later signal means that there is no time to save."""
+        if number == signal.SIGINT:
+            return True
+        if number == signal.SIGTERM:
+            # SLURM announces SIGTERM by SIGUSR1, say, and SIGKILL by SIGTERM, of which it sends two
+            # when it preempts; the time between is there for saving.
+            return not self._under_slurm and not set(self.numbers) <= set(_ANNOUNCEMENTS)
+        return number in self.numbers
 
     @property
     def is_second(self) -> bool:
