@@ -199,6 +199,7 @@ def prepare(
         saving=saving,
         on_loss=on_loss,
         startup=startup,
+        phases=phases,
     )
     return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)
 

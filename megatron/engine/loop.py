@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.base.errors import CheckpointError, MegatronError, RunDirectoryError
@@ -10,6 +10,7 @@ from megatron.base.exit_codes import FINISHED, STOPPED
 from megatron.base.startup import StartUp
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.journal import Journal
+from megatron.engine.progress_reports import Phases
 from megatron.engine.reports import Reporter
 from megatron.engine.saving import RunSaver
 from megatron.engine.steps import LossFunction, MicroBatchSource, evaluate, train_step
@@ -66,6 +67,7 @@ class Training:
     saving: RunSaver | None  # None: the run isn't saved
     on_loss: Callable[[float], None]
     startup: StartUp  # of this process; over when the first step is done
+    phases: Phases = field(default_factory=Phases)  # told to who looks for hangs
 
 
 def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopReason:
@@ -82,6 +84,7 @@ def run(training: Training, settings: LoopSettings, *, first_step: int) -> StopR
     try:
         return _train(training, settings, first_step)
     except BaseException:
+        training.phases.fail()
         if training.saving is not None:
             training.saving.settle()
         raise
@@ -92,6 +95,7 @@ def _train(training: Training, settings: LoopSettings, first_step: int) -> StopR
     training.reporter.start(first_step - 1)
     if first_step == 1 and saving is not None and settings.is_save_step(0):
         training.startup.enter("first save")
+        training.phases.save()
         saving.save(0, False)
     if settings.evaluates_first:
         training.startup.enter("evaluation")
@@ -101,6 +105,7 @@ def _train(training: Training, settings: LoopSettings, first_step: int) -> StopR
     training.startup.enter("first step")
     skips_in_a_row = 0
     for step in range(first_step, settings.train_iters + 1):
+        training.phases.step(step)
         record, loss_scale = _take_step(training, step)
         if step == first_step:
             _note_startup(training)
@@ -121,12 +126,14 @@ def _train(training: Training, settings: LoopSettings, first_step: int) -> StopR
             and training.valid_batches is not None
         )
         if saving is not None and settings.is_save_step(step) and not _is_failure(stop):
+            training.phases.save()
             saving.save(step, evaluation_due)
         if evaluation_due and stop is None:
             evaluation_due, stop = _evaluate_validation(training, settings, step)
         if stop is not None:
             return _stop(training, stop, step, evaluation_due=evaluation_due)
         if settings.exit_interval and step % settings.exit_interval == 0:
+            training.phases.finish()
             if saving is not None:
                 saving.finish()
             training.groups.barrier()
@@ -191,9 +198,11 @@ def _evaluate(
     """
     position = batches.position
     stop: Stop | None = None
+    training.phases.evaluation()
 
     def goes_on() -> bool:
         nonlocal stop
+        training.phases.batch()
         stop = training.stopping.beat()
         return stop is None
 
@@ -232,6 +241,7 @@ def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> S
             training.reporter.evaluation("validation", loss, step=step, when=when)
         if stop is not None:
             return _stop(training, stop, step, is_saved=is_saved)
+    training.phases.finish()
     if saving is not None and not is_saved:
         saving.finish()
         if saving.committed_step != step:
@@ -243,6 +253,7 @@ def _finish(training: Training, settings: LoopSettings, *, is_loaded: bool) -> S
             training.reporter.evaluation("test", loss, step=step, when=when)
         if stop is not None:
             return _stop(training, stop, step, is_saved=is_saved)
+    training.phases.finish()
     if saving is not None:
         saving.finish()
         if not is_saved and saving.committed_step != step:
@@ -274,6 +285,7 @@ def _stop(
         error = RunDirectoryError(stop.error)
         error.teller = 0
         raise error
+    training.phases.finish()
     saving = training.saving
     told = f" ({stop.told})" if stop.told else ""
     training.reporter.line(f"stopping at iteration {step}: {stop.reason}{told}")

@@ -151,6 +151,10 @@ class Phases:
         """Begin what comes after the last step: evaluations, the last save, the end."""
         self._enter("finish", self._limits.of_save(self._slowest_save))
 
+    def fail(self) -> None:
+        """Begin to end after an error: what is being saved is waited for."""
+        self._enter("failing", self._limits.of_phase("failing"))
+
     @property
     def _batch_limit(self) -> float:
         return self._step_limit if self._has_evaluated else self._limits.of_first

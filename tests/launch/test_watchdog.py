@@ -102,6 +102,7 @@ def rank(number: int, phase: str, step: int | None, for_s: float, **more: object
     [
         # stopped, whatever else is seen
         (rank(1, "step", 12, 61.0, state="is stopped"), rank(0, "step", 11, 99.0)),
+        (rank(1, "failing", 12, 61.0), rank(0, "step", 12, 99.0)),
         # behind: its reports, or what it saves, keep it from the next step
         (rank(1, "step", 11, 61.5), rank(0, "step", 12, 61.0)),
         (rank(1, "save", 11, 61.5), rank(0, "step", 12, 61.0)),

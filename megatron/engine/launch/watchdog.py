@@ -228,6 +228,7 @@ def _suspicion(rank: RankProgress) -> tuple[Any, ...]:
     is_in_loop = rank.phase in _LOOP_PHASES
     return (
         rank.state != "is stopped",
+        rank.phase != "failing",
         is_in_loop,
         # The one that is behind has the lower number, or is in what comes earlier after a step.
         (rank.step if rank.step is not None else -1) if is_in_loop else 0,
