@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron.base.errors import ConfigError
 from megatron.checkpoint.hugging_face.download import local_directory
 from megatron.cli.ledger.options import add_json_option
-from megatron.cli.ledger.output import print_json, print_table, say
+from megatron.cli.ledger.output import note, print_json, print_table, say
 from megatron.cli.ledger.progress import progress
 from megatron.cli.pythia.checks import check_release, known_findings
 from megatron.cli.pythia.findings import GOOD, Finding, exit_status
@@ -23,9 +23,9 @@ __all__ = ["add_check", "add_model_options", "chosen_model", "downloaded_directo
 
 _EPILOG = """What is checked: sizes and vocabulary against the model's configuration, every value,
 the first values at steps 0 and 1 against their formulas, the step that NeoX's files say, weights
-against the optimizer's fp32 masters, digests against those published of wrong files, and with
---against whether tensors are another step's. What was reported of the step is told too: a report
-alone is a warning, never proof.
+against the optimizer's fp32 masters, digests against those published of wrong files and those the
+hub gave, with --against whether tensors are another step's, and with --data the loss. What was
+reported of the step is told too: a report or a loss alone is a warning, never proof.
 
 exit status:
   0  nothing is wrong (reports may still have been told)
@@ -35,6 +35,8 @@ exit status:
 examples:
   tools/pythia.py check pythia-70m-deduped/step3000 --model pythia-70m-deduped --step 3000
   tools/pythia.py check step58000 --model pythia-12b --step 58000 --against step143000
+  tools/pythia.py check step3000 --model pythia-70m --step 3000 --against step2000 step4000 \\
+      --data pile-standard-pythia-preshuffled/document
   tools/pythia.py check --known --model pythia-2.8b              what was reported, as a table"""
 
 
@@ -73,8 +75,18 @@ def add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--data",
         metavar="PREFIX",
-        help="also: is this the data set that was released? by the SHA-256 of PREFIX.idx",
+        help="also: is this the data set that was released? by the SHA-256 of PREFIX.idx; and the "
+        "loss on the batch after the step, beside that of the steps --against, if its tokens are "
+        "there (index maps are built beside them if they aren't)",
     )
+    parser.add_argument(
+        "--loss-samples",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="of that batch the loss is computed on; 0: no loss (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="that computes it (default: %(default)s)")
     parser.add_argument("--known", action="store_true", help="print what was reported, and end")
     add_json_option(parser)
     parser.set_defaults(run=_check)
@@ -136,6 +148,8 @@ def _check(options: argparse.Namespace) -> int:
         )
     if options.data is not None:
         findings += check_index(options.data, model)
+        if options.loss_samples and exit_status(findings) == GOOD:
+            findings += _loss_findings(options, directory, model)
     status = exit_status(findings)
     if options.json:
         print_json(
@@ -151,6 +165,30 @@ def _check(options: argparse.Namespace) -> int:
         say(str(finding))
     say(_result(directory, model, options.step, findings))
     return status
+
+
+def _loss_findings(
+    options: argparse.Namespace, directory: Path, model: ReleasedModel
+) -> list[Finding]:
+    from megatron.cli.pythia.loss_check import LossCheck, loss_findings  # megatron-core takes long
+
+    how = LossCheck(prefix=options.data, num_samples=options.loss_samples, device=options.device)
+    return list(
+        loss_findings(
+            directory,
+            model,
+            options.step,
+            options.against,
+            how,
+            on_note=lambda text: note(f"note: {text}"),
+        )
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of samples")
+    return int(text)
 
 
 def _result(directory: Path, model: ReleasedModel, step: int, findings: list[Finding]) -> str:

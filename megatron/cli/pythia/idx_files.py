@@ -34,10 +34,6 @@ def check_index(prefix: str, model: ReleasedModel) -> Iterator[Finding]:
     """
     path = Path(f"{prefix}.idx")
     names = model.config.training.train_data_paths or [model.config.training.data_path or ""]
-    known = RELEASED_INDEXES.get(Path(names[0]).name)
-    if known is None:
-        yield Finding("unknown", f"no digest of {names[0]}.idx was published")
-        return
     try:
         index = read_index(path)
     except (DatasetError, OSError) as error:
@@ -49,6 +45,10 @@ def check_index(prefix: str, model: ReleasedModel) -> Iterator[Finding]:
             f"{path} is a preshuffled set's, one sample a row: whether of the standard or the "
             "deduplicated Pile its sizes can't tell. Use data_order: sequential",
         )
+        return
+    known = RELEASED_INDEXES.get(Path(names[0]).name)
+    if known is None:
+        yield Finding("note", f"no digest of {names[0]}.idx was published to compare {path} with")
         return
     found = sha256_of(path)
     digest, source = known
