@@ -1,6 +1,6 @@
 """``train.py``, made slow enough to be hit: every step is followed by a pause.
 
-The pause, in seconds, is what the file ``pause`` beside the run's ``save`` says at that moment.
+The pause, in seconds, is what the file ``pause`` beside the run's ``save`` says, also meanwhile.
 """
 
 import functools
@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+_LOOKS_EVERY_S = 0.1
 
 
 def _train_slowly(train: Any, config: Any, *others: Any, **named: Any) -> Any:
     pause = Path(config.training.save).parent / "pause"
-    named["on_loss"] = lambda loss: time.sleep(float(pause.read_text()))
+    named["on_loss"] = lambda loss: _rest(pause)
     return train(config, *others, **named)
+
+
+def _rest(pause: Path) -> None:
+    began = time.monotonic()
+    while (left := began + float(pause.read_text()) - time.monotonic()) > 0.0:
+        time.sleep(min(left, _LOOKS_EVERY_S))
 
 
 def main() -> None:
