@@ -8,9 +8,10 @@ rank that is gone never does. So a thread listens:
     second wish                     the process ends at once, 128 + N
 
 One wish often comes as several signals: SLURM signals ranks itself and our launcher passes on what
-it got, so what comes within two seconds is one. SIGTERM after SIGUSR1 or SIGUSR2 isn't a second
-wish: SLURM announces its limit by the one, and its SIGKILL by the other; the time between is for
-saving. Leaving at once damages nothing, for neither does SIGKILL.
+it got, so what comes within two seconds is one. Nor is every later SIGTERM another wish: SLURM
+sends one at its limit, after the signal that announced it, and at both ends of a preemption's
+GraceTime. Its SIGKILL follows in any case; the time until then is for saving. Leaving at once
+damages nothing, for neither does SIGKILL.
 """
 
 import functools
@@ -55,15 +56,19 @@ class StopSignals:
     Args:
         leave: ends the process at once with a status, after telling a line.
         clock: seconds that only go forward.
+        is_slurms: whether SIGTERM may come from SLURM, again and again.
     """
 
     def __init__(
         self,
         leave: Callable[[int, str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_slurms: bool | None = None,
     ) -> None:
         self._leave = leave_at_once if leave is None else leave
         self._clock = clock
+        self._is_slurms = "SLURM_JOB_ID" in os.environ if is_slurms is None else is_slurms
         self._is_kept = False
         self._first: Wish | None = None
         self._newest: Wish | None = None
@@ -116,7 +121,9 @@ class StopSignals:
         """In a process forked from this one: its signals aren't for this one's thread."""
         if self._writer is not None:
             self._restore(-1)
-        self.__init__(self._leave, self._clock)  # type: ignore[misc]
+        self._first = self._newest = self._thread = None
+        self._is_kept = False
+        self._lock = threading.Lock()  # the thread that held the other one isn't here
 
     def _restore(self, descriptor: int) -> None:
         for number in self._watched:
@@ -143,8 +150,14 @@ class StopSignals:
                 self._first = wish
                 if not self._is_kept:
                     self._leave(STOPPED, f"stopped by {wish.name} before the first step")
-            elif before is not None and _is_another(before, wish):
+            elif before is not None and self._is_another(before, wish):
                 self._leave(128 + number, f"stopped at once: {wish.name} after {before.name}")
+
+    def _is_another(self, before: Wish, wish: Wish) -> bool:
+        if wish.came_at - before.came_at < ONE_WISH_S:
+            return False
+        is_announced = self._is_slurms or before.number in _ANNOUNCEMENTS
+        return not (wish.number == signal.SIGTERM and is_announced)
 
 
 @functools.cache
@@ -161,12 +174,6 @@ def leave_at_once(status: int, told: str) -> None:
     if rank in (None, "0"):
         os.write(_STDERR, f"{told}\n".encode())
     os._exit(status)
-
-
-def _is_another(before: Wish, wish: Wish) -> bool:
-    if wish.came_at - before.came_at < ONE_WISH_S:
-        return False
-    return not (wish.number == signal.SIGTERM and before.number in _ANNOUNCEMENTS)
 
 
 def _do_nothing(number: int, frame: object) -> None:

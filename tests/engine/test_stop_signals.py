@@ -20,14 +20,14 @@ class Left(Exception):  # noqa: N818 - the process would be gone
     """With a status."""
 
 
-def listening(times: list[float]) -> StopSignals:
+def listening(times: list[float], *, is_slurms: bool = False) -> StopSignals:
     """Return signals that arrive at ``times`` when they are taken."""
 
     def leave(status: int, told: str) -> None:
         raise Left(status)
 
     clock = iter(times)
-    return StopSignals(leave, lambda: next(clock))
+    return StopSignals(leave, lambda: next(clock), is_slurms=is_slurms)
 
 
 def test_a_signal_before_the_loop_ends_the_process_at_once():
@@ -73,7 +73,7 @@ def test_a_second_wish_ends_the_process_with_its_own_status(first, second, statu
         signals._take(second)
 
 
-def test_slurms_sigterm_after_its_announcement_leaves_the_time_for_saving():
+def test_sigterm_after_its_announcement_leaves_the_time_for_saving():
     signals = listening([0.0, 60.0, 70.0])
     signals.keep()
     signals._take(SIGUSR1)
@@ -81,6 +81,15 @@ def test_slurms_sigterm_after_its_announcement_leaves_the_time_for_saving():
     assert signals.wish.number == SIGUSR1
     with pytest.raises(Left, match="143"):
         signals._take(SIGTERM)
+
+
+def test_slurm_may_send_sigterm_as_often_as_it_likes_and_sigint_still_leaves():
+    signals = listening([0.0, 10.0, 20.0, 30.0], is_slurms=True)
+    signals.keep()
+    for number in (SIGTERM, SIGTERM, SIGTERM):
+        signals._take(number)
+    with pytest.raises(Left, match="130"):
+        signals._take(SIGINT)
 
 
 def test_handlers_of_others_are_left_alone_and_defaults_come_back():
