@@ -37,8 +37,8 @@ def run(tmp_path):
     ("end", "reason"),
     [
         (
-            JobEnd((rank_end(),), hang="rank 3 hangs: step 8 for 61 s, limit 60 s"),
-            "hung: rank 3 hangs: step 8 for 61 s, limit 60 s",
+            JobEnd((rank_end(),), hang="rank 3: step 9 for 60 s, limit 60 s"),
+            "hung: rank 0 (n, process 1): step 8 for 61 s, limit 60 s",
         ),
         (
             JobEnd((rank_end(),), lost=("node2: no sign of life for 30 s",)),
@@ -58,14 +58,14 @@ def test_the_reason_is_noted_and_where_the_same_command_goes_on_is_told(run, end
 
 
 def test_statuses_tell_hangs_and_lost_nodes_apart():
-    assert JobEnd((rank_end(),), hang="rank 3 hangs").status == HUNG
+    assert JobEnd((rank_end(),), hang="rank 3: step 9").status == HUNG
     assert JobEnd((rank_end(),), lost=("node2: gone",)).status == NODE_LOST
 
 
 def test_a_step_that_is_saved_is_not_done_again(run):
     (run.save / "global_step8").mkdir()
     write_latest(run.save, 8)
-    told = note_end(run.save, "ours", JobEnd((rank_end(phase="save"),), hang="rank 3 hangs"))
+    told = note_end(run.save, "ours", JobEnd((rank_end(phase="save"),), hang="rank 3: step 9"))
     assert told == "the same command goes on from global_step8"
 
 
@@ -86,5 +86,5 @@ def test_a_launch_that_ended_well_or_made_no_attempt_says_nothing(run):
 
 def test_a_record_that_cannot_be_read_is_told_and_no_error(run):
     (run.save / "attempts" / "0001.json").write_text("{")
-    told = note_end(run.save, "ours", JobEnd((rank_end(),), hang="rank 3 hangs"))
+    told = note_end(run.save, "ours", JobEnd((rank_end(),), hang="rank 3: step 9"))
     assert told.startswith(f"the end could not be noted in {run.save}: ")

@@ -45,8 +45,8 @@ def test_a_hang_ends_the_job_and_the_stacks_of_all_ranks_are_told(tmp_path, how)
     assert finished.status == HUNG
     assert finished.seconds < 9  # 0.8 s, two looks, 2 s for the stacks, 1.2 s to end
     lines = finished.stderr.splitlines()
-    hang = next(line for line in lines if " hangs: step 3 for " in line)
-    assert hang.startswith("deepy: ")
+    hang = next(line for line in lines if ": step 3 for " in line)
+    assert hang.startswith("deepy: no progress: rank ")
     assert ", limit 0.8 s" in hang
     for rank, frame in ((0, "wait_for_others"), (1, "train")):
         stack = [line for line in lines if line.startswith(f"[rank{rank}]:   File ")]

@@ -53,7 +53,7 @@ def test_a_rank_over_its_time_is_told_at_the_second_look(node):
     node.ranks[0].enter("step", 11, 60.0)
     node.ranks[1].enter("step", 12, 60.0)
     assert node.look_for(61) is None
-    assert node.look_for(1) == "rank 4 hangs: step 11 for 62 s, limit 60 s"
+    assert node.look_for(1) == "rank 4: step 11 for 62 s, limit 60 s"
 
 
 def test_a_rank_that_goes_on_after_the_first_look_is_left_alone(node):
@@ -74,7 +74,7 @@ def test_time_in_which_nobody_looked_does_not_count(node):
     assert node.look_for(50) is None
     node.now += 3600.0  # the whole job was stopped
     assert node.look_for(12) is None  # 10 s are left of 60
-    assert node.look_for(1) == "rank 4 hangs: step 11 for 62 s, limit 60 s"
+    assert node.look_for(1) == "rank 4: step 11 for 62 s, limit 60 s"
 
 
 def test_time_in_which_nobody_looked_counts_for_what_began_later(node):

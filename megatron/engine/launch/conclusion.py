@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron.base.exit_codes import FINISHED, HUNG, NODE_LOST, STOPPED
 from megatron.engine.launch.failures import RankEnd, failure_report, first_failure
 from megatron.engine.launch.rank_process import signal_name
-from megatron.engine.launch.watchdog import hang_report
+from megatron.engine.launch.watchdog import RankProgress, culprit, hang_report
 
 __all__ = ["JobEnd"]
 
@@ -39,7 +39,7 @@ class JobEnd:
         if self._is_node_loss(first):
             return f"node lost: {'; '.join(self.lost)}"
         if self.hang is not None:
-            return f"hung: {self.hang}"
+            return f"hung: {culprit(self._progress) or self.hang}"
         if first is None or (number := self._stopped_by(first)) is not None:
             return f"signal {signal_name(number)}" if first is not None else "ended"
         return f"failed: rank {first.rank}: {first.exit}"
@@ -49,6 +49,10 @@ class JobEnd:
         """The last step that rank 0 had done, if it told."""
         progress = [one.progress for one in self.ends if one.rank == 0]
         return progress[0].done_step if progress and progress[0] is not None else None
+
+    @property
+    def _progress(self) -> list[RankProgress]:
+        return [one.progress for one in self.ends if one.progress is not None]
 
     def report(self) -> str:
         """Return the job's last words; nothing if all is well."""
@@ -60,9 +64,8 @@ class JobEnd:
                 text += f"---- first to notice: {first}\n{first.excerpt}"
             return text + end
         if self.hang is not None:
-            told = [one.progress for one in self.ends if one.progress is not None]
             text = f"---- deepy: no progress: {self.hang}; the stacks of all ranks are above\n"
-            return text + hang_report(told) + end
+            return text + hang_report(self._progress) + end
         if first is None:
             if self.status == FINISHED:
                 return ""

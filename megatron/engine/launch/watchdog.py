@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron.base.progress import PROGRESS_VARIABLE, ProgressFile, Snapshot
 
-__all__ = ["RankProgress", "Watchdog", "hang_report"]
+__all__ = ["RankProgress", "Watchdog", "culprit", "hang_report"]
 
 _HELD_UP_S = 2.0  # a look that comes so much later than the one before: we couldn't
 _LISTED = 16  # ranks in a report
@@ -123,7 +123,7 @@ class Watchdog:
         return {PROGRESS_VARIABLE: self._files[self._first_rank + local_rank].path}
 
     def look(self, processes: Mapping[int, int]) -> str | None:
-        """Return what to say about the rank that hangs, if one does.
+        """Return which rank makes no progress, in words, if one doesn't.
 
         A rank must be over its time at two looks in a row.
 
@@ -148,7 +148,7 @@ class Watchdog:
             return None
         first = min(hung, key=_suspicion)
         state = "" if first.state == "runs" else f"; it {first.state}"
-        return f"rank {first.rank} hangs: {first.doing()}{state}"
+        return f"rank {first.rank}: {first.doing()}{state}"
 
     def ask_for_stacks(self, processes: Mapping[int, int]) -> None:
         """Make every rank write its stacks on standard error, and note how far it has come.
@@ -211,6 +211,11 @@ class Watchdog:
             limit_s=limit_s if math.isfinite(limit_s) else None,
             state="has ended" if pid is None else _state_of(pid),
         )
+
+
+def culprit(ranks: Sequence[RankProgress]) -> RankProgress | None:
+    """Return the rank that the others of a job that hung seem to wait for."""
+    return min(ranks, key=_suspicion, default=None)
 
 
 def hang_report(ranks: Sequence[RankProgress]) -> str:
