@@ -131,6 +131,9 @@ class Adoption:
     source: str  # directory of the checkpoint
     step: int  # steps up to here are adopted
     assumed: tuple[str, ...]  # sentences: what the checkpoint did not say
+    geometry: BatchGeometry | None = None
+    """How the batches of its steps were divided, said or assumed; None: the first release kept no
+    note of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,9 +329,7 @@ def ledger_from_json(values: Mapping[str, Any]) -> Ledger:
         datasets={name: DatasetNote(**one) for name, one in values["datasets"].items()},
         parent=parent_from_json(values["parent"]),
         instructions=tuple(_obeyed(one) for one in values["instructions"]),
-        adopted=None
-        if adopted is None
-        else Adoption(**{**adopted, "assumed": tuple(adopted["assumed"])}),
+        adopted=None if adopted is None else _adoption(adopted),
         accepted=tuple(_accepted(one) for one in values["accepted"]),
         checkpoint=None if place is None else CheckpointPlace(**place),
     )
@@ -350,6 +351,16 @@ def _stream(values: Mapping[str, Any]) -> StreamState:
         segments=SegmentTable(tuple(Segment(**one) for one in values["segments"])),
         next_position=values["next_position"],
         cursors=values["cursors"],
+    )
+
+
+def _adoption(values: Mapping[str, Any]) -> Adoption:
+    geometry = values.get("geometry")
+    return Adoption(
+        source=values["source"],
+        step=values["step"],
+        assumed=tuple(values["assumed"]),
+        geometry=None if geometry is None else BatchGeometry(**geometry),
     )
 
 

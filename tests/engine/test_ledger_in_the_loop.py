@@ -143,8 +143,10 @@ def test_neoxs_checkpoint_is_adopted_and_read_on_where_neox_would(tmp_path: Path
     for stream, one in (("train", 3), ("valid", 1)):
         frame = step_frame(run, one, stream)
         assert (frame.stage, frame.geometry) == ("adopted", BatchGeometry(4, 1, 2))
-    elsewhere = replace(ledger, adopted=replace(ledger.adopted, source=str(tmp_path / "gone")))
-    assert adopted_geometry(elsewhere) == BatchGeometry(4, 1, 2)  # as the launch that adopted it
+    elsewhere = replace(ledger.adopted, source=str(tmp_path / "gone"))
+    assert adopted_geometry(replace(ledger, adopted=elsewhere)) == BatchGeometry(4, 1, 2)
+    first_release = replace(elsewhere, geometry=None)  # then as in the launch that adopted it
+    assert adopted_geometry(replace(ledger, adopted=first_release)) == BatchGeometry(4, 1, 2)
 
 
 def test_a_roll_back_leaves_a_branch_behind(tmp_path: Path):

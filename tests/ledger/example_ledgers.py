@@ -136,7 +136,12 @@ def ledgers(draw):
             st.lists(st.builds(ObeyedInstruction, instruction=instructions), max_size=2).map(tuple)
         ),
         adopted=draw(
-            st.none() | st.builds(Adoption, assumed=st.lists(names, max_size=2).map(tuple))
+            st.none()
+            | st.builds(
+                Adoption,
+                assumed=st.lists(names, max_size=2).map(tuple),
+                geometry=st.none() | geometries,
+            )
         ),
         accepted=draw(
             st.lists(

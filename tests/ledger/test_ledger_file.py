@@ -41,6 +41,13 @@ def test_the_models_part_can_be_read_alone(tmp_path):
     }
 
 
+def test_an_adoption_of_the_first_release_has_no_geometry(tmp_path):
+    adopted = Adoption(source="/neox/global_step10", step=10, assumed=("one thing",))
+    values = ledger_to_json(small_ledger(step=12, adopted=adopted))
+    assert values["adopted"].pop("geometry") is None
+    assert ledger_from_json(values).adopted == adopted
+
+
 def test_a_checkpoint_of_neox_has_no_ledger(tmp_path):
     assert read_ledger(tmp_path) is None
 

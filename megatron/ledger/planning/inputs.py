@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.config.batch_geometry import BatchGeometry
 from megatron.ledger.ledger_file import DatasetNote, Ledger, TokenizerIdentity
 from megatron.stream.order_description import OrderDescription
 from megatron.stream.orders import TokenSpans
@@ -103,9 +104,18 @@ class ForeignCheckpoint:
     assumed: tuple[str, ...] = ()  # sentences: what had to be taken from elsewhere
 
     @property
+    def geometry(self) -> BatchGeometry:
+        """How its steps' batches were divided."""
+        return BatchGeometry(
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
+
+    @property
     def train_batch_size(self) -> int:
         """Samples its steps consumed."""
-        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+        return self.geometry.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

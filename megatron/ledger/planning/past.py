@@ -172,5 +172,7 @@ class Past:
             orders=orders,
             datasets=foreign.datasets,
             tokenizer=foreign.tokenizer,
-            adopted=Adoption(source=path, step=foreign.step, assumed=assumed),
+            adopted=Adoption(
+                source=path, step=foreign.step, assumed=assumed, geometry=foreign.geometry
+            ),
         )

@@ -1,7 +1,7 @@
 """How batches were divided before a checkpoint without a ledger was adopted.
 
-The ledger keeps what was assumed of it in words. The checkpoint itself says more, as long as it
-lies where it was adopted from.
+The ledger says so. One of the first release keeps only what was assumed, in words; then the
+checkpoint itself is asked, as long as it lies where it was adopted from.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,15 @@ _METADATA_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_mode
 def adopted_geometry(ledger: Ledger) -> BatchGeometry | None:
     """Return how the adopted steps' batches were divided, as far as it is known or assumed.
 
-    What the checkpoint doesn't say is assumed to have been as in the launch that adopted it.
+    Where nothing says it, it is assumed to have been as in the launch that adopted it.
 
     Returns:
         None if nothing was adopted, or its batch can't have been divided so.
     """
     if ledger.adopted is None:
         return None
+    if ledger.adopted.geometry is not None:
+        return ledger.adopted.geometry
     first_launch = next((span.geometry for span in ledger.spans if span.geometry), None)
     stated = _stated(Path(ledger.adopted.source))
     sizes: list[int] = []
