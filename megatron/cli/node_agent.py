@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from megatron.base.errors import LaunchError, MegatronError
-from megatron.base.exit_codes import CANNOT_LAUNCH
+from megatron.base.exit_codes import CANNOT_LAUNCH, NODE_LOST
 from megatron.engine.launch.agent import GraceTimes, run_ranks
 from megatron.engine.launch.devices import count_devices
 from megatron.engine.launch.head_link import HeadLink, connect_to_head
@@ -112,8 +112,8 @@ def _take_part(link: HeadLink, place: Message, job: JobSecrets) -> int:
             link=link,
         )
     # mpirun and srun may end the other nodes when one of their processes ends: so all end together.
-    link.wait_for_the_end()
-    return end.status
+    status = link.wait_for_the_end()
+    return end.status or NODE_LOST if status is None else status
 
 
 def _environment(place: Message, job: JobSecrets) -> dict[str, str]:

@@ -216,6 +216,8 @@ class _Node:
     def _take_signal(self, number: int) -> None:
         # SIGINT twice is a user at a terminal, who is heard at once.
         is_own = self._link is None and number == signal.SIGINT
+        if self._link is not None and self._due:
+            return  # the launcher is ending the job, and srun or mpirun does so too
         if not self._wishes.add(number, is_urgent=is_own):
             return
         if self._link is not None:
@@ -298,7 +300,8 @@ class _Node:
         if self._link is not None:
             self._link.tell("failed", end=end.as_fields())
         if others:
-            _say(f"{end}; ending the other {others}")
+            if self._link is None:
+                _say(f"{end}; ending the other {others}")
             self._end_at(time.monotonic() + self._grace.settle_s)
 
     def _terminate(self) -> None:

@@ -80,7 +80,8 @@ class JobEnd:
         # that came before is what matters.
         if not self.lost:
             return False
-        return first is None or first.was_told or first.blames_a_peer
+        was_asked = first is not None and first.exit.signal in self.wishes
+        return first is None or first.was_told or first.blames_a_peer or was_asked
 
     def _stopped_by(self, first: RankEnd) -> int | None:
         """Return the signal that ended the job on the user's wish, if one did."""

@@ -35,7 +35,7 @@ __all__ = ["Job", "run_job"]
 
 _STDERR = 2
 _TICK_S = 1.0
-_STARTER_ENDS_S = 10.0
+_STARTER_ENDS_S = 5.0
 _ATTEMPTS = 3  # to find the same software on a node
 _NODES_END_S = 15.0  # beyond the ranks' grace times
 
@@ -251,7 +251,6 @@ class _Head:
         """Let the agents go, and return how the job ended."""
         ends, wishes = [], list(self.wishes.numbers)
         for node in self._nodes:
-            node.tell("leave")
             if node.ended is not None:
                 ends += [
                     RankEnd.from_fields({**end, "host": node.name}) for end in node.ended["ends"]
@@ -260,7 +259,10 @@ class _Head:
         lost = [f"{node.name}: {node.loss}" for node in self._nodes if node.loss is not None]
         if self._starter_loss is not None:
             lost.append(self._starter_loss)
-        return JobEnd(tuple(ends), tuple(wishes), self._hang, tuple(lost))
+        end = JobEnd(tuple(ends), tuple(wishes), self._hang, tuple(lost))
+        for node in self._nodes:
+            node.tell("leave", status=end.status)
+        return end
 
     def close(self) -> None:
         """Close all connections: an agent that is still there ends."""
@@ -399,7 +401,8 @@ class _Head:
             node.problem = self._problem_of(node, message)
         elif message.kind == "cannot":
             node.problem = message["reason"]
-        elif message.kind == "wish":
+        elif message.kind == "wish" and self._end_by is None:
+            # (later it may come from mpirun, which ends the agents when it is ended itself)
             self._take_signal(message["number"], is_own=False)
         elif message.kind == "failed":
             self._end_all(f"{_rank_end(node, message['end'])}; ending all nodes", but=node)

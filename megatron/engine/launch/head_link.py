@@ -71,10 +71,14 @@ class HeadLink:
             self._pause()
         raise LaunchError(self.loss or f"the launcher didn't answer in {timeout_s:.0f} s")
 
-    def wait_for_the_end(self) -> None:
-        """Return when the launcher needs us no more, or is gone."""
-        while self.loss is None and not any(message.kind == "leave" for message in self.take()):
+    def wait_for_the_end(self) -> int | None:
+        """Return the job's status when the launcher needs us no more; None if it is gone."""
+        while self.loss is None:
+            for message in self.take():
+                if message.kind == "leave":
+                    return int(message["status"])
             self._pause()
+        return None
 
     def _pause(self) -> None:
         self.keep_alive()

@@ -47,7 +47,7 @@ def launch_on_hosts(
     with ExitStack() as stack:
         job_file = write_job_file(secrets, job.working_directory)
         stack.callback(job_file.unlink, missing_ok=True)
-        if launcher == "pdsh" and checks_ssh:
+        if checks_ssh and _goes_by_ssh(launcher, environ):
             _reach(hosts, job_file, secrets)
 
         def start(port: int) -> RemoteStart:
@@ -89,6 +89,12 @@ def connect_time(environ: Mapping[str, str]) -> float:
     if not 0.0 < seconds < 1e6:
         raise ConfigError(f"${CONNECT_VARIABLE}={text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _goes_by_ssh(launcher: str, environ: Mapping[str, str]) -> bool:
+    # mpirun starts its processes through srun in a SLURM job, and by any other program on request.
+    has_other = "SLURM_JOB_ID" in environ or "OMPI_MCA_plm_rsh_agent" in environ
+    return launcher == "pdsh" or (launcher != "slurm" and not has_other)
 
 
 def _reach(hosts: Sequence[str], job_file: Path, secrets: JobSecrets) -> None:

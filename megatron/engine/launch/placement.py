@@ -53,6 +53,13 @@ def rank_environment(
         MASTER_PORT=str(placement.master_port),
         CUDA_VISIBLE_DEVICES=_visible_devices(placement.slots, environ),
     )
+    if "SLURM_PROCID" in environ:
+        # To SLURM the agent is the task; NeoX's worker side takes a rank's place from these.
+        environment.update(
+            SLURM_PROCID=environment["RANK"],
+            SLURM_LOCALID=environment["LOCAL_RANK"],
+            SLURM_NTASKS=environment["WORLD_SIZE"],
+        )
     return environment
 
 
