@@ -34,3 +34,7 @@ def test_a_requeue_and_a_lost_node_in_one_run(
     run.wait_for_end()
     run.assert_completed()
     training.assert_whole(expected)
+    jobs = [attempt.facts["environment"]["job"] for attempt in training.attempts()]
+    assert [job["SLURM_JOB_ID"] for job in jobs] == [str(run.job.number)] * 3
+    assert [int(job.get("SLURM_RESTART_COUNT", 0)) for job in jobs] == [0, 1, 2]
+    assert [job["SLURM_JOB_NODELIST"] for job in jobs] == ["node[1-2]", "node[1-2]", "node[1,3]"]
