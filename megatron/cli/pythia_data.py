@@ -1,6 +1,6 @@
 """What Pythia read, from its data set alone: the configuration of a released run. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.base.errors import ConfigError
@@ -9,11 +9,11 @@ from megatron.config.run_config import RunConfig
 from megatron.stream.indexed_dataset import IndexedDataset
 from megatron.stream.sequential_order import has_rows_alone
 
-__all__ = ["PYTHIA_DATA", "config_of_pythia", "config_with_data"]
+__all__ = ["ONE_PROCESS", "PYTHIA_DATA", "config_of_pythia", "config_with_data"]
 
 _CONFIGS = Path(__file__).parents[2] / "configs" / "pythia"
 _RELEASED_SEED = 1234  # of the preshuffled sets
-_ONE_PROCESS = {
+ONE_PROCESS: Mapping[str, object] = {
     "num_gpus": 1,
     "global_num_gpus": None,
     "hostfile": None,
@@ -81,7 +81,7 @@ def config_with_data(files: Sequence[Path], prefix: str | None) -> RunConfig:
         ConfigError: the files cannot be used.
         DatasetError: ``prefix`` is no data set.
     """
-    changes: dict[str, object] = {**_ONE_PROCESS}
+    changes: dict[str, object] = {**ONE_PROCESS}
     plain = load_config(files, changes, local_slots=lambda: 1, environ={})
     if prefix is None:
         return plain

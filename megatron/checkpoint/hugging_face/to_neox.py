@@ -19,14 +19,13 @@ from typing import Any
 import torch
 import yaml
 
-from megatron.base.atomic_files import fsync_directory, write_atomically
+from megatron.base.atomic_files import write_atomically
 from megatron.base.errors import CheckpointError, ConfigError
-from megatron.base.file_digests import digest_file
 from megatron.checkpoint.hugging_face.architecture import (
     Architecture,
     neox_keys,
 )
-from megatron.checkpoint.hugging_face.converted import Converted
+from megatron.checkpoint.hugging_face.converted import Converted, seal_checkpoint
 from megatron.checkpoint.hugging_face.hub_model import HubModel, open_hub_model
 from megatron.checkpoint.hugging_face.model_files import load_model_config
 from megatron.checkpoint.hugging_face.tokenizer_files import TOKENIZER_JSON, copy_from_hub
@@ -37,7 +36,7 @@ from megatron.checkpoint.stored import LEDGER_FILE, layer_file, model_states_fil
 from megatron.config.run_config import RunConfig
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.ledger.ledger_file import ModelPart
-from megatron.ledger.manifest import Manifest, StoredFile, write_manifest
+from megatron.ledger.manifest import StoredFile
 from megatron.ledger.run_directory import write_latest
 from megatron.model.facts import ModelFacts
 from megatron.model.settings import ModelSettings
@@ -105,7 +104,7 @@ def import_model(source: Path, destination: Path, settings: ImportSettings) -> C
         if tokenizer is not None:
             tokenizer_file = destination.resolve() / "tokenizer" / TOKENIZER_JSON
         _write_description(model, directory, settings.tensor_parallel_size, config, tokenizer_file)
-        _seal(directory, settings.step, files)
+        seal_checkpoint(directory, settings.step, files)
         write_latest(temporary, settings.step)
     if tokenizer is None:
         notices.append(f"{source} holds no {TOKENIZER_JSON}; name the tokenizer in the run's keys")
@@ -145,17 +144,6 @@ def write_layer_files(
             files[file] = write_streamed_file(parts, directory / file)
         model.weights.release()
     return files
-
-
-def _seal(directory: Path, step: int, files: dict[str, StoredFile]) -> None:
-    """Add the other files to ``files``, and the manifest of them all to the directory."""
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in files:
-            files[name] = StoredFile(path.stat().st_size, digest_file(path))
-    manifest = Manifest(sequence=1, step=step, run_id=None, attempt=None, parent=None, files=files)
-    write_manifest(directory, manifest)
-    fsync_directory(directory)
 
 
 def _multiplicity(settings: ImportSettings, config: RunConfig | None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.base.errors import ConfigError
+from megatron.cli.pythia_data import ONE_PROCESS
 from megatron.config.load import load_config
 from megatron.config.run_config import RunConfig
 from megatron.config.yaml_files import read_config_files
@@ -197,16 +198,7 @@ def schedule_of(config: RunConfig) -> ScheduleSettings:
 
 def _loaded(files: Sequence[Path]) -> RunConfig:
     """Load as one process: how it is divided acts on no number used here."""
-    one_process = {
-        "num_gpus": 1,
-        "global_num_gpus": None,
-        "hostfile": None,
-        "model_parallel_size": 1,
-        "pipe_parallel_size": 1,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": None,
-    }
-    config = load_config(files, one_process, local_slots=lambda: 1, environ={})
+    config = load_config(files, ONE_PROCESS, local_slots=lambda: 1, environ={})
     if "train_batch_size" not in config.written:
         raise ConfigError(
             f"{', '.join(map(str, files))} must say train_batch_size: what a step has consumed "

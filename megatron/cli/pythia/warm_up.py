@@ -25,13 +25,13 @@ from megatron.checkpoint.parameter_state import ParameterStates, open_parameter_
 from megatron.checkpoint.stored import StoredCheckpoint, read_model_facts
 from megatron.cli.pythia.importing import (
     Imported,
-    Moments,
     import_step,
     require_good,
     require_no_moments,
     write_start_of_warm_up,
 )
 from megatron.cli.pythia.models import ReleasedModel, model_of_files
+from megatron.cli.pythia.written_start import Moments
 from megatron.config.load import override
 from megatron.config.yaml_files import read_config_files
 
