@@ -9,5 +9,6 @@ saving           what a save records, and what a failed one means
 stop_signals     what signals ask of this process
 stopping         all ranks end after the same step
 time_limit       a stop before time is up
+progress_reports how long each part of a training may take until it counts as a hang
 reports          console lines, TensorBoard, Weights & Biases
 """

@@ -37,7 +37,7 @@ class HangLimits:
     """
 
     hang_timeout: float | None = None
-    least_step_s: float = 120.0
+    least_step_s: float = 180.0  # a file server may need as long to fail over
     times_slowest_step: float = 20.0
     first_s: float = 30 * _MINUTE_S  # of what may compile: a launch's first step and evaluation
     save_s: float = 4 * _HOUR_S  # of the first save or wait for one

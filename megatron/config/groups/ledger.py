@@ -41,7 +41,7 @@ class Ledger:
 
     hang_timeout: float | None = key(None, unit="seconds", minimum=0, outcome=WORKS)
     """End the job, with every rank's stacks, when a rank takes longer than this for a step or for a
-    batch of an evaluation. Unset: 20 times the slowest of the last steps, at least 2 minutes. A
+    batch of an evaluation. Unset: 20 times the slowest of the last steps, at least 3 minutes. A
     launch's first step, saves and loading have limits of their own, of half an hour to hours, but
     not less than this. 0: never."""
 
