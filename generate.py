@@ -1,22 +1,7 @@
-"""``generate.py`` of GPT-NeoX: known, not there yet."""
+"""Text generation, as ``python deepy.py generate.py CONFIG.yml …`` starts it on every rank."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from megatron.base.errors import ConfigError
 from megatron.cli.exit_status import end_rank, run_command
-
-
-def main(
-    input_args: Sequence[str] | None = None, overwrite_values: Mapping[str, Any] | None = None
-) -> None:
-    """Refuse: this command comes with a later release.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError("generate.py is known to NeoX, not supported here yet; train.py is")
-
+from megatron.cli.generate import main
 
 if __name__ == "__main__":
     end_rank(run_command(main))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megatron.model.construction import Construction
 from megatron.model.feed_forward import row_linear
+from megatron.model.key_value_cache import KeyValueCache
 from megatron.model.norms import build_norm
 from megatron.model.parallel_layers import ColumnLinear, mark_divided
 from megatron.model.rotary import RotaryFrequencies
@@ -37,6 +38,8 @@ class Attention(torch.nn.Module):
             self.qk_layernorm = build_norm(settings, construction.dtype, shape)
             for parameter in self.qk_layernorm.parameters():
                 mark_divided(parameter, dim=0)
+        self.block = block
+        self.cache: KeyValueCache | None = None  # set where text is generated
         self.head_size = settings.head_size
         self.num_heads = settings.num_attention_heads // size
         self.num_kv_heads = settings.num_kv_heads // size
@@ -68,6 +71,8 @@ class Attention(torch.nn.Module):
         query, key, value = self._query_key_value(hidden_sbh)
         # (S, B, heads, D) -> (B, heads, S, D)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        if self.cache is not None:
+            key, value = self.cache.extend(self.block, key, value)
         context_bnsd = self._attend(query, key, value)
         context_sbh = context_bnsd.permute(2, 0, 1, 3).flatten(start_dim=2)
         return self.dense(context_sbh)
@@ -80,24 +85,27 @@ class Attention(torch.nn.Module):
             if self.qk_layernorm is not None:
                 query, key, value = heads.unbind(dim=-2)
                 query, key = self.qk_layernorm(query), self.qk_layernorm(key)
-                if self.rotary is not None:
-                    query, key = self.rotary(query), self.rotary(key)
-                return query, key, value
+                return self._rotated(query), self._rotated(key), value
             if self.rotary is None:
                 return heads.unbind(dim=-2)
-            query, key = self.rotary(heads[..., :2, :]).unbind(dim=-2)
+            query, key = self._rotated(heads[..., :2, :]).unbind(dim=-2)
             return query, key, heads[..., 2, :]
         # All query heads, then all key heads, then all value heads.
         heads = fused.unflatten(-1, (-1, self.head_size))
         num_rotated = self.num_heads + self.num_kv_heads
         rotated, value = heads[..., :num_rotated, :], heads[..., num_rotated:, :]
-        if self.rotary is not None:
-            rotated = self.rotary(rotated)
+        rotated = self._rotated(rotated)
         query, key = rotated[..., : self.num_heads, :], rotated[..., self.num_heads :, :]
         return query, key, value
 
+    def _rotated(self, heads: torch.Tensor) -> torch.Tensor:
+        if self.rotary is None:
+            return heads
+        return self.rotary(heads, first=0 if self.cache is None else self.cache.past)
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        bias = self.score_bias.added(query.shape[-2], query)
+        past = key.shape[-2] - query.shape[-2]
+        bias = self.score_bias.added(query.shape[-2], query, past=past)
         drops = self.training and self.dropout > 0
         with self.dropout_rng() if drops else nullcontext():
             return F.scaled_dot_product_attention(
@@ -106,6 +114,6 @@ class Attention(torch.nn.Module):
                 value,
                 attn_mask=bias,
                 dropout_p=self.dropout if drops else 0.0,
-                is_causal=bias is None,
+                is_causal=bias is None and past == 0,  # one token sees all before it
                 enable_gqa=self.is_grouped_query,
             )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.construction import Construction, finish
+from megatron.model.key_value_cache import KeyValueCache
 from megatron.model.parallel_layers import VocabularyEmbedding
 from megatron.model.tp_layout import local_vocabulary_rows
 
@@ -18,10 +19,10 @@ class SinusoidalPositions(torch.nn.Module):
         exponents = torch.arange(0, hidden_size, 2, dtype=torch.float32) / hidden_size
         self.register_buffer("inv_freq", 10000.0**-exponents)
 
-    def forward(self, length: int) -> torch.Tensor:
-        """Return (length, H): all sines, then all cosines."""
-        positions = torch.arange(length, dtype=self.inv_freq.dtype, device=self.inv_freq.device)
-        angles = torch.outer(positions, self.inv_freq)
+    def forward(self, first: int, last: int) -> torch.Tensor:
+        """Return (last - first, H): all sines, then all cosines."""
+        positions = torch.arange(first, last, device=self.inv_freq.device)
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -33,6 +34,7 @@ class EmbeddingPipe(torch.nn.Module):
         settings = construction.settings
         self.tensor_parallel = construction.tensor_parallel
         self.dropout = settings.hidden_dropout
+        self.cache: KeyValueCache | None = None  # set where text is generated
         self.position_offset = settings.position_offset
         size = construction.tensor_parallel.size
         self.word_embeddings = VocabularyEmbedding(
@@ -60,12 +62,13 @@ class EmbeddingPipe(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Map int64 tokens (B, S) to hidden states (B, S, H)."""
         hidden = self.word_embeddings(tokens)
-        length = tokens.shape[1]
+        first = 0 if self.cache is None else self.cache.past
+        last = first + tokens.shape[1]
         if isinstance(self.position_embeddings, SinusoidalPositions):
-            hidden = hidden + self.position_embeddings(length).to(hidden.dtype)
+            hidden = hidden + self.position_embeddings(first, last).to(hidden.dtype)
         elif self.position_embeddings is not None:
-            first = self.position_offset
-            hidden = hidden + self.position_embeddings.weight[first : first + length]
+            table = self.position_embeddings.weight[self.position_offset :]
+            hidden = hidden + table[first:last]
         if self.training and self.dropout > 0:
             hidden = F.dropout(hidden, self.dropout)
         return hidden

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    linear_with_grad_accumulation_and_async_allreduce,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.model.light_import import light_import
+
+with light_import():
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        linear_with_grad_accumulation_and_async_allreduce,
+        reduce_from_tensor_model_parallel_region,
+    )
 
 __all__ = [
     "ColumnLinear",

@@ -38,11 +38,12 @@ class RotaryTable(torch.nn.Module):
         self.register_buffer("cosines", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sines", angles.sin().to(dtype), persistent=False)
 
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+    def forward(self, heads: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Rotate by position.
 
         Args:
-            heads: queries or keys, (sequence, ..., head_size), from position 0.
+            heads: queries or keys, (sequence, ..., head_size).
+            first: position of the first of them.
 
         Returns:
             A tensor of the same shape.
@@ -51,14 +52,15 @@ class RotaryTable(torch.nn.Module):
             ValueError: the sequence is longer than the table.
         """
         length = heads.shape[0]
-        if length > self.cosines.shape[0]:
+        last = first + length
+        if last > self.cosines.shape[0]:
             raise ValueError(
-                f"a sequence of {length} tokens is longer than the {self.cosines.shape[0]} "
+                f"a sequence of {last} tokens is longer than the {self.cosines.shape[0]} "
                 "positions of the rotary table (seq_length)"
             )
         broadcast = (length,) + (1,) * (heads.dim() - 2) + (self.dims,)
-        cosines = self.cosines[:length].view(broadcast)
-        sines = self.sines[:length].view(broadcast)
+        cosines = self.cosines[first:last].view(broadcast)
+        sines = self.sines[first:last].view(broadcast)
         rotated, passed = heads[..., : self.dims], heads[..., self.dims :]
         first, second = rotated.chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)

@@ -37,7 +37,7 @@ class RelativeBias(torch.nn.Module):
         mark_divided(self.weight, dim=1)
 
     def forward(self, distances: torch.Tensor) -> torch.Tensor:
-        """Map distances (S, S) to biases (N, S, S)."""
+        """Map distances (queries, keys) to biases (N, queries, keys)."""
         buckets = relative_buckets(distances, len(self.weight), self.max_distance)
         return (self.weight[buckets] * self.scale).permute(2, 0, 1)
 
@@ -51,7 +51,7 @@ class AlibiSlopes(torch.nn.Module):
         self.register_buffer("slopes", torch.tensor(slopes))
 
     def forward(self, distances: torch.Tensor) -> torch.Tensor:
-        """Map distances (S, S) to biases (N, S, S)."""
+        """Map distances (queries, keys) to biases (N, queries, keys)."""
         return -self.slopes[:, None, None] * distances
 
 
@@ -73,17 +73,28 @@ class ScoreBias:
         factor = max(1, block) if settings.scales_by_layer else 1
         return cls(kind, settings.sliding_window, factor)
 
-    def added(self, length: int, like: torch.Tensor) -> torch.Tensor | None:
-        """Return what is added to scores: (N or 1, S, S) of the type of ``like``, or None."""
-        if self.kind is None and self.window is None:
+    def added(self, length: int, like: torch.Tensor, *, past: int = 0) -> torch.Tensor | None:
+        """Return what is added to scores, of the type of ``like``.
+
+        Args:
+            length: S, the queries.
+            like: a tensor of the wanted type and device.
+            past: keys before the first query's own.
+
+        Returns:
+            (N or 1, S, past + S); None if nothing but causality is meant, and causality can be had
+            without it: from the first token on, or for a single one.
+        """
+        is_simple = past == 0 or length == 1
+        if self.kind is None and self.window is None and is_simple:
             return None
-        positions = torch.arange(length, device=like.device)
-        distances = positions[:, None] - positions[None, :]
+        keys = torch.arange(past + length, device=like.device)
+        distances = keys[past:, None] - keys[None, :]
         hidden = distances < 0
         if self.window is not None:
             hidden = hidden | (distances > self.window)
         if self.kind is None:
-            bias = torch.zeros(1, length, length, dtype=like.dtype, device=like.device)
+            bias = torch.zeros(1, *distances.shape, dtype=like.dtype, device=like.device)
         else:
             bias = (self.kind(distances.clamp(min=0)) * self.factor).to(like.dtype)
         return bias.masked_fill(hidden, float("-inf"))

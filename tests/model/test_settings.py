@@ -53,12 +53,10 @@ def test_the_epsilon_is_that_of_the_norm():
 
 def test_what_is_not_built_yet_is_named():
     with pytest.raises(ConfigError) as caught:
-        settings_of(
-            norm="scalenorm", pos_emb="alibi", attention_config=["global", "local"], mlp_type="x"
-        )
+        settings_of(norm="te_rmsnorm", attention_config=["global", "local"], mlp_type="x")
     assert caught.value.problems == (
-        "known to NeoX, not supported here yet: norm: scalenorm (supported: layernorm, rmsnorm)",
-        "known to NeoX, not supported here yet: pos_emb: alibi (supported: rotary, learned, none)",
+        "known to NeoX, not supported here yet: norm: te_rmsnorm (supported: layernorm, rmsnorm, "
+        "scalenorm, non_parametric_layernorm)",
         "known to NeoX, not supported here yet: attention_config: local (supported: global, flash)",
     )
 
