@@ -11,8 +11,6 @@ A message says what is wrong, the numbers, where (file, key, step, rank) and wha
 A bad argument of a function is an ordinary ValueError.
 """
 
-from megatron.base.exit_codes import FAILED
-
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -29,8 +27,8 @@ class MegatronError(Exception):
     teller: int | None = None
     """Of an error that all ranks raise together, the rank that tells the user; None: each its own.
     """
-    exit_code: int = FAILED
-    """Status of a process that ends by it."""
+    exit_code: int | None = None
+    """Status of a process that ends by it, if it isn't the usual one."""
 
 
 class ConfigError(MegatronError, ValueError):

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron.base.errors import CheckpointError
+from megatron.base.exit_codes import FAILED
 from megatron.base.write_points import reach
 from megatron.ledger.manifest import MANIFEST_FILE, Manifest
 
-__all__ = ["copy_checkpoint", "remote_place"]
+__all__ = ["copy_checkpoint", "remote_place", "require_writable"]
 
 logger = logging.getLogger(__name__)
 
 _MAX_PARTS = 10_000  # of one object, S3's limit
-_PATIENCE_S = 600.0  # for one request, and as long as its bytes take at
+_PATIENCE_S = 600.0  # for one request of a copy, and as long as its bytes take at
 _SLOWEST_BYTES_PER_S = 1 << 20
+_PATIENCE_AT_START_S = 60.0
+_PROBE = ".write-check"  # an empty object, beside the checkpoints
 _BYTES_IN_FLIGHT = 256 << 20  # of parts held in memory, unless a single part is larger
 
 
@@ -63,7 +66,7 @@ def copy_checkpoint(
     """
     target = remote_place(checkpoint, s3_path, save_name)
     try:
-        with _storage(chunk_size, is_cancelled) as storage:
+        with _storage(_PATIENCE_S, chunk_size, is_cancelled) as storage:
             _copy(checkpoint, manifest, target, storage)
     # s3fs, botocore and the HTTP client below each have errors of their own, without a common root.
     except Exception as error:
@@ -72,6 +75,36 @@ def copy_checkpoint(
             f"{type(error).__name__}: {error}. It has no {MANIFEST_FILE}; "
             "copy the files again, that one last"
         ) from error
+
+
+def require_writable(s3_path: str, save_name: str) -> None:
+    """Find out before a model is trained whether its checkpoints can be copied.
+
+    What a copy needs is tried: an empty object is written, listed and deleted.
+
+    Args:
+        s3_path: see :func:`copy_checkpoint`.
+        save_name: last part of the save directory's path.
+
+    Raises:
+        CheckpointError: it can't. Its status tells whether that may pass (the server doesn't
+            answer), or the user has to change something.
+    """
+    place = f"{s3_path.rstrip('/')}/{save_name}"
+    try:
+        with _storage(_PATIENCE_AT_START_S) as storage:
+            storage.write(f"{place}/{_PROBE}")
+            storage.sizes(place)
+            storage.remove(f"{place}/{_PROBE}")
+    except Exception as error:  # see above
+        problem = CheckpointError(
+            f"s3_path: checkpoints can't be copied to {place}: {type(error).__name__}: {error}. "
+            "Bucket, credentials and server are those of the environment (AWS_PROFILE, "
+            "AWS_ENDPOINT_URL, …) on the machine of rank 0"
+        )
+        if not isinstance(error, PermissionError | FileNotFoundError | ImportError | ValueError):
+            problem.exit_code = FAILED
+        raise problem from error
 
 
 def _copy(checkpoint: Path, manifest: Manifest, target: str, storage: "_Storage") -> None:
@@ -97,6 +130,7 @@ class _Storage:
     """Objects by their address, through one connection."""
 
     remote: Any  # s3fs.S3FileSystem
+    patience_s: float  # for one request
     part_size: int
     callback: Any  # fsspec's: told of progress
 
@@ -110,21 +144,26 @@ class _Storage:
             chunksize=part_size,
             max_concurrency=max(1, _BYTES_IN_FLIGHT // part_size),
             # A server that takes a connection and never answers would be waited for for ever.
-            timeout=_PATIENCE_S + size / _SLOWEST_BYTES_PER_S,
+            timeout=self.patience_s + size / _SLOWEST_BYTES_PER_S,
         )
 
+    def write(self, target: str, content: bytes = b"") -> None:
+        self.remote.pipe_file(target, content, timeout=self.patience_s)
+
     def remove(self, target: str) -> None:
-        self.remote.rm_file(target, timeout=_PATIENCE_S)
+        self.remote.rm_file(target, timeout=self.patience_s)
 
     def sizes(self, target: str) -> dict[str, int]:
         """Return name below ``target`` -> bytes of the objects there."""
         root = target.partition("://")[2] + "/"
-        found = self.remote.find(root, detail=True, timeout=_PATIENCE_S)
+        found = self.remote.find(root, detail=True, timeout=self.patience_s)
         return {name.removeprefix(root): entry["size"] for name, entry in found.items()}
 
 
 @contextmanager
-def _storage(part_size: int, is_cancelled: Callable[[], bool]) -> Iterator[_Storage]:
+def _storage(
+    patience_s: float, part_size: int = 0, is_cancelled: Callable[[], bool] = lambda: False
+) -> Iterator[_Storage]:
     import s3fs
     from fsspec.callbacks import Callback
 
@@ -136,7 +175,7 @@ def _storage(part_size: int, is_cancelled: Callable[[], bool]) -> Iterator[_Stor
     # An instance of its own: it is used on one thread, and forgotten with its connections.
     remote = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     try:
-        yield _Storage(remote, part_size, StopsWhenCancelled())
+        yield _Storage(remote, patience_s, part_size, StopsWhenCancelled())
     finally:
         if remote._s3 is not None:
             remote.close_session(remote.loop, remote._s3)

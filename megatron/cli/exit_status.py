@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron.base.errors import MegatronError
+from megatron.base.exit_codes import FAILED
 
 __all__ = ["end_rank", "run_command"]
 
@@ -28,7 +29,7 @@ def run_command(command: Callable[[], int | None]) -> int:
             time.sleep(_TELLER_ENDS_FIRST_S)
         else:
             print(_describe(error), file=sys.stderr, flush=True)  # noqa: T201 - the message
-        return error.exit_code
+        return FAILED if error.exit_code is None else error.exit_code
 
 
 def end_rank(status: int) -> NoReturn:

@@ -1,8 +1,10 @@
 """The ledger of a launch: what it begins with, and who writes it."""
 
 import os
+import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from megatron.ledger.planning.component_ranges import cursors_at
 from megatron.ledger.recorder import Recorder, flush_interval
 from megatron.ledger.run_file import RunFile, new_run, read_run_file, write_run_file
 
-__all__ = ["open_journal"]
+__all__ = ["node_names", "open_journal"]
 
 
 def open_journal(
@@ -31,8 +33,17 @@ def open_journal(
     launch: PlannedLaunch,
     model: StoredFacts,
     sources: dict[str, MicroBatchSource | None],
+    nodes: Sequence[str],
 ) -> Journal | None:
     """Return the journal of this rank; None if the run isn't saved.
+
+    Args:
+        config: of the run.
+        groups: of this rank.
+        launch: what was planned.
+        model: what the run has fixed about its model.
+        sources: this rank's micro batches, by stream name.
+        nodes: see :func:`node_names`.
 
     Raises:
         RunDirectoryError: the run directory contradicts itself.
@@ -43,7 +54,7 @@ def open_journal(
     save = Path(config.training.save)
     recorder = None
     if groups.rank == 0:
-        facts = _attempt_facts(config, groups, launch, model, _run_of(save, config, launch))
+        facts = _attempt_facts(config, groups, launch, model, _run_of(save, config, launch), nodes)
         recorder = Recorder(save, facts)
     return Journal(
         groups,
@@ -54,6 +65,11 @@ def open_journal(
             launch.plan.streams[stream].order, position
         ),
     )
+
+
+def node_names(groups: ProcessGroups) -> list[str]:
+    """Return the names of the machines that ranks run on, in the ranks' order. Collective."""
+    return list(dict.fromkeys(groups.gather(socket.gethostname())))
 
 
 def _run_of(save: Path, config: RunConfig, launch: PlannedLaunch) -> RunFile:
@@ -85,11 +101,13 @@ def _attempt_facts(
     launch: PlannedLaunch,
     model: StoredFacts,
     run: RunFile,
+    nodes: Sequence[str],
 ) -> AttemptFacts:
     environment = describe_environment(
         os.environ,
         device=groups.device.type,
         num_threads=torch.get_num_threads(),
+        nodes=nodes,
         git_commit=_git_commit(),
     )
     values = config.flat()

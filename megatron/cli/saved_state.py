@@ -12,6 +12,7 @@ from torch import nn
 from megatron.base.errors import CheckpointError, ConfigError, RunDirectoryError
 from megatron.base.printing import print_rank_0
 from megatron.checkpoint.load import LoadSettings, load_checkpoint, load_weights
+from megatron.checkpoint.remote_copy import require_writable
 from megatron.checkpoint.stored import StoredFacts, read_model_facts
 from megatron.checkpoint.verified import verify_together
 from megatron.cli.found_checkpoint import Source, Wish, needs_optimizer, wish_of
@@ -68,6 +69,7 @@ class Checkpoints:
                 on_failure.callback(lease.release)
             if save is not None:
                 _require_shared(groups, save)
+                together(groups, lambda: _try_copying(config, save) if is_first else None)
             wish: Wish = groups.from_rank_0(
                 together(groups, lambda: wish_of(config) if is_first else None)
             )
@@ -228,6 +230,18 @@ def _take(save: Path) -> Lease:
         lease.release()
         raise
     return lease
+
+
+def _try_copying(config: RunConfig, save: Path) -> None:
+    """Look at the start whether checkpoints can be copied; who goes on without is only warned."""
+    if config.training.s3_path is None:
+        return
+    try:
+        require_writable(config.training.s3_path, save.resolve().name)
+    except CheckpointError as error:
+        if config.ledger.on_save_error != "continue":
+            raise
+        print_rank_0(f"WARNING: {error}")
 
 
 def _require_shared(groups: ProcessGroups, save: Path) -> None:

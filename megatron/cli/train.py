@@ -15,7 +15,7 @@ from megatron.base.startup import StartUp
 from megatron.cli.resume_plan import PlannedLaunch
 from megatron.cli.run_check import RunCheck
 from megatron.cli.run_data import open_run_data
-from megatron.cli.run_ledger import open_journal
+from megatron.cli.run_ledger import node_names, open_journal
 from megatron.cli.run_reports import build_reporter
 from megatron.cli.run_stopping import open_stopping
 from megatron.cli.saved_state import Checkpoints
@@ -93,7 +93,8 @@ def train(
         try:
             ready = prepare(config, environment, stack, on_loss=on_loss, startup=startup)
         except MegatronError as error:
-            error.exit_code = CANNOT_LAUNCH
+            if error.exit_code is None:
+                error.exit_code = CANNOT_LAUNCH
             raise
         journal = ready.training.journal
         signals.keep()
@@ -173,9 +174,12 @@ def prepare(
     if config.training.checkpoint_validation_with_forward_pass:
         check = RunCheck.open(config, groups, engine, facts, data, sources["train"])
         checkpoints.compare_forward_pass(check)
+    nodes = node_names(groups)
     journal = together(
         groups,
-        lambda: open_journal(config, groups, launch, checkpoints.stored_facts(facts), sources),
+        lambda: open_journal(
+            config, groups, launch, checkpoints.stored_facts(facts), sources, nodes
+        ),
     )
     saving = checkpoints.saver(engine, facts, journal, check)
     stopping = open_stopping(

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ LAUNCH_VARIABLE = "NEOX_LAUNCH_ID"
 
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "tokenizers", "xxhash", "neox-ledger")
 _JOB_VARIABLES = (
+    "SLURM_CLUSTER_NAME",
     "SLURM_JOB_ID",
     "SLURM_ARRAY_JOB_ID",
     "SLURM_ARRAY_TASK_ID",
@@ -62,6 +63,7 @@ def describe_environment(
     *,
     device: str,
     num_threads: int,
+    nodes: Sequence[str] = (),
     git_commit: str | None = None,
 ) -> dict[str, Any]:
     """Return machine, job and versions as plain values for ``attempts/NNNN.json``.
@@ -70,6 +72,7 @@ def describe_environment(
         environ: environment variables; those of batch systems that name a job are kept.
         device: name of the accelerator, "cpu" without one.
         num_threads: threads a sum may be divided over.
+        nodes: names of the machines with ranks, in the ranks' order.
         git_commit: of the code, if known.
     """
     versions = {"python": platform.python_version()}
@@ -82,6 +85,7 @@ def describe_environment(
         "versions": versions,
         "git_commit": git_commit,
         "host": socket.gethostname(),
+        "nodes": list(nodes),
         "pid": os.getpid(),
         LAUNCH: environ.get(LAUNCH_VARIABLE),
         "job": {name: environ[name] for name in _JOB_VARIABLES if name in environ},

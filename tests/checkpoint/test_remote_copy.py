@@ -17,9 +17,10 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from megatron.base.errors import CheckpointError
+from megatron.base.exit_codes import FAILED
 from megatron.base.file_digests import digest_file
 from megatron.base.write_points import install
-from megatron.checkpoint.remote_copy import copy_checkpoint
+from megatron.checkpoint.remote_copy import copy_checkpoint, require_writable
 from megatron.ledger.manifest import Manifest, StoredFile, read_manifest, write_manifest
 
 PART = 5 << 20  # the least S3 takes
@@ -259,6 +260,28 @@ def test_a_copy_that_is_given_up_ends_within_a_part(tmp_path, bucket):
     with pytest.raises(CheckpointError, match="is not complete: InterruptedError: it was given up"):
         copy_checkpoint(checkpoint, manifest, ROOT, "run", PART, is_cancelled=lambda: True)
     assert files_of(bucket, "bucket/models/run/global_step10") == {}
+
+
+def test_what_a_copy_needs_is_tried_at_the_start_and_leaves_nothing(bucket):
+    require_writable(ROOT, "run")
+    require_writable(ROOT, "run")
+    assert files_of(bucket, "bucket") == {}
+
+
+def test_a_wrong_bucket_is_for_the_user_to_change_and_a_silent_server_may_come_back(
+    bucket, monkeypatch
+):
+    with pytest.raises(
+        CheckpointError, match=r"can't be copied to s3://nowhere/run: .*bucket"
+    ) as no:
+        require_writable("s3://nowhere", "run")
+    assert no.value.exit_code is None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with pytest.raises(CheckpointError, match="can't be copied to") as refused:
+        require_writable(ROOT, "run")
+    assert refused.value.exit_code == FAILED
 
 
 def test_a_bucket_that_is_not_there_is_said(tmp_path, bucket):

@@ -114,16 +114,18 @@ def test_a_copy_brought_back_is_resumed_from(tmp_path, bucket):
     assert back.launch().losses == undisturbed[6:]
 
 
-def test_a_copy_that_fails_is_a_failed_save_and_the_checkpoint_stands(
+def test_copies_that_cannot_be_made_are_refused_at_the_start_or_are_failed_saves(
     tmp_path, bucket, monkeypatch
 ):
     run = run_in(tmp_path / "a", on_save_error="stop")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(WorldFailed, match=r"global_step3 is saved, but its copy .* not complete"):
+    told = r"s3_path: checkpoints can't be copied to s3://bucket/models/save: .*endpoint"
+    with pytest.raises(WorldFailed, match=told):
         run.launch()
-    assert list_checkpoints(run.save) == [3]
+    assert list_checkpoints(run.save) == []
     printed = run.launch(on_save_error="continue").printed
-    assert "iteration 3" in printed
     assert list_checkpoints(run.save) == [3, 6, 9, 12]
-    assert printed.count("WARNING: A CHECKPOINT FAILED.") == 3
+    assert printed.count("WARNING: s3_path: checkpoints can't be copied to") == 1
+    assert printed.count("WARNING: A CHECKPOINT FAILED.") == 4
+    assert "global_step3 is saved, but its copy s3://bucket/models/save/global_step3" in printed
     assert list(bucket.objects.all()) == []

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -215,12 +216,17 @@ def test_time_that_is_up_lets_every_launch_go_a_little_further(run):
     assert "stopping at iteration 3: time limit (exit_duration_in_mins: 0.001 ends this" in told
 
 
-def test_slurms_time_limit_is_known(run, monkeypatch):
+def test_slurms_time_limit_is_known_and_the_job_is_on_record(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "123456789")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
     run.launch()
     assert newest_committed(run.save) == 3
     assert stop_reason(run.save) == "time limit"
+    environment = json.loads((run.save / "attempts" / "0001.json").read_text())["environment"]
+    assert environment["nodes"] == [socket.gethostname()]
+    assert environment["job"]["SLURM_JOB_ID"] == "123456789"
+    assert environment["job"]["SLURM_RESTART_COUNT"] == "2"
 
 
 @pytest.mark.kill
