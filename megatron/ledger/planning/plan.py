@@ -129,7 +129,10 @@ def _plan_continued(wanted: Wanted, found: Found, counting: Counting) -> ResumeP
             for change in _differences(found.settings, wanted.settings)
         ),
         not_restored=(*_not_restored(wanted), *found.foreign_state),
-        notices=_notices(wanted, found, past.step, datasets),
+        notices=(
+            *_notices(wanted, found, past.step, datasets),
+            *([] if leaves_order else _replaced(train.order, streams["train"].order)),
+        ),
         problems=problems,
         passes=_passes(wanted, streams["train"], past.step),
     )
@@ -265,6 +268,16 @@ def _notices(
     if partial:
         notices.append(f"known by the index and the token files there: {', '.join(partial)}")
     return (*notices, *wanted.notices)
+
+
+def _replaced(before: OrderDescription, now: OrderDescription) -> list[str]:
+    """Warn of data that may be the old one in a new place: content alone can't tell."""
+    if {one.dataset for one in before.components} & {one.dataset for one in now.components}:
+        return []
+    return [
+        "no dataset read so far is read any more. If the new data is the old one, corrected, what "
+        "was read of it comes again; at the old path that would be counted and refused"
+    ]
 
 
 def _divided(batch: int, now: tuple[int, int, int], before: tuple[int, int, int] | None) -> str:

@@ -520,6 +520,17 @@ def test_the_plan_says_how_far_numbers_are_the_same():
     assert "are not known" in unknown.numbers_exactness
 
 
+@pytest.mark.parametrize(
+    ("datasets", "is_replaced"),
+    [(("cccc",), True), (("cccc", "dddd"), True), (("aaaa", "cccc"), False), (("bbbb",), False)],
+)
+def test_it_is_said_if_no_dataset_is_left(datasets, is_replaced):
+    config = Config(datasets=datasets, weights=(1.0,) * len(datasets), batch_size=4, train_iters=20)
+    plan = plan_resume(config.wanted(), found_after(7))
+    assert plan.kind == "new_segment"
+    assert any("what was read of it comes again" in one for one in plan.notices) == is_replaced
+
+
 def test_an_elastic_batch_is_told_with_what_it_was_divided_into():
     found = replace(found_after(7), division=(2, 1, 2))
     assert _CONFIG.wanted().division is None
