@@ -98,6 +98,26 @@ def test_root_layout_with_its_yaml_beside_it(tmp_path):
     assert (written.path / file).read_bytes() == (direct.path / file).read_bytes()
 
 
+def test_layer_files_alone_at_the_top_are_a_checkpoint(tmp_path):
+    root = tmp_path / "layers"
+    root.mkdir()
+    for path in V1.glob("layer_*.pt"):
+        shutil.copy(path, root)
+    config = next((V1 / "configs").iterdir())
+    arguments = [str(root), str(tmp_path / "hub"), "--config", str(config), "--dtype", "fp32"]
+    convert_neox_to_hf.main(arguments)
+    direct = export_model(V1, tmp_path / "hub2", ExportSettings(dtype=torch.float32))
+    file = "model.safetensors"
+    assert (tmp_path / "hub" / file).read_bytes() == (direct.path / file).read_bytes()
+
+
+@pytest.mark.parametrize("rows", ["0", "-5", "all"])
+def test_what_is_no_number_of_rows_is_refused(rows, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        convert_neox_to_hf.main([str(V1), str(tmp_path / "hub"), f"--vocab-size={rows}"])
+    assert f"is no number of rows: '{rows}'" in capsys.readouterr().err
+
+
 def test_the_tokenizer_goes_along_both_ways(tmp_path, capsys):
     hub = save(random_model(vocab_size=384), tmp_path / "hub")
     shutil.copy(TOKENIZER, hub / "tokenizer.json")

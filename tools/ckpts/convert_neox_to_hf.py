@@ -48,7 +48,9 @@ def main(input_args: Sequence[str] | None = None) -> None:
         "--precision", "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: as stored"
     )
     parser.add_argument(
-        "--vocab-size", type=int, help="rows of the vocabulary; all that were trained if not given"
+        "--vocab-size",
+        type=_rows,
+        help="rows of the vocabulary; all that were trained if not given",
     )
     parser.add_argument(
         "--cut-padding", action="store_true", help="as many rows as the tokenizer has entries"
@@ -65,7 +67,7 @@ def main(input_args: Sequence[str] | None = None) -> None:
     output = options.output_dir or options.output
     if checkpoint is None or output is None:
         parser.error("name a checkpoint and a new directory")
-    if not any(checkpoint.glob("*_model_states.pt")):
+    if not any(checkpoint.glob("*model_states.pt")):
         checkpoint = find_checkpoint(checkpoint)
     settings = ExportSettings(
         dtype=DTYPES.get(options.precision),
@@ -81,6 +83,12 @@ def main(input_args: Sequence[str] | None = None) -> None:
     print(f"{written.path}: {written.num_files} files, {written.num_bytes:,} bytes")
     for notice in written.notices:
         print(f"note: {notice}")
+
+
+def _rows(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"is no number of rows: {text!r}")
+    return int(text)
 
 
 def _bytes(text: str) -> int:
