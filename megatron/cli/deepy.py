@@ -20,9 +20,9 @@ from megatron.config.transport import encode_config, spilled_files
 from megatron.engine.launch.agent import GraceTimes, run_ranks
 from megatron.engine.launch.conclusion import JobEnd
 from megatron.engine.launch.devices import local_slots
-from megatron.engine.launch.head import Job
 from megatron.engine.launch.hosts import Hosts, choose_hosts, is_this_machine
 from megatron.engine.launch.job_file import JobSecrets
+from megatron.engine.launch.job_nodes import Job
 from megatron.engine.launch.multi_node import launch_on_hosts
 from megatron.engine.launch.placement import NodePlacement, rank_environment, usable_cores
 from megatron.engine.launch.port import reserve_port

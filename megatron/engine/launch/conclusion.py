@@ -40,8 +40,10 @@ class JobEnd:
             return f"node lost: {'; '.join(self.lost)}"
         if self.hang is not None:
             return f"hung: {culprit(self._progress) or self.hang}"
-        if first is None or (number := self._stopped_by(first)) is not None:
-            return f"signal {signal_name(number)}" if first is not None else "ended"
+        if first is None:
+            return "ended"
+        if (number := self._stopped_by(first)) is not None:
+            return f"signal {signal_name(number)}"
         return f"failed: rank {first.rank}: {first.exit}"
 
     @property

@@ -4,59 +4,36 @@ First all agents have to come and to be alike (``muster``); only then does a ran
 on the first bad news of one node ends the others, and what is told at the end is what came first.
 """
 
-import hmac
 import os
 import selectors
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.base.errors import LaunchError
 from megatron.base.exit_codes import NODE_LOST
-from megatron.engine.launch.addresses import is_loopback
 from megatron.engine.launch.agent import GraceTimes
 from megatron.engine.launch.conclusion import JobEnd
 from megatron.engine.launch.failures import RankEnd
-from megatron.engine.launch.job_channel import BEAT_S, PROTOCOL, SILENCE_S, Channel, Message
+from megatron.engine.launch.job_channel import BEAT_S, PAUSED_S, SILENCE_S, Channel, Message
+from megatron.engine.launch.job_nodes import Job, JobNode, nodes_of, rendezvous_of
+from megatron.engine.launch.muster import Muster, listen
 from megatron.engine.launch.output import write_all
-from megatron.engine.launch.rank_process import Exit, signal_name
+from megatron.engine.launch.rank_process import signal_name
 from megatron.engine.launch.remote_start import RemoteStart
-from megatron.engine.launch.sessions import SessionGuard, kill_sessions
+from megatron.engine.launch.sessions import SessionGuard
 from megatron.engine.launch.signal_inbox import SignalInbox, open_signal_inbox
-from megatron.engine.launch.software import differences, digest_of_file, installed_software
+from megatron.engine.launch.starter import Starter
 from megatron.engine.launch.wishes import FORWARDED_SIGNALS, Wishes
 
-__all__ = ["Job", "run_job"]
+__all__ = ["run_job"]
 
 _STDERR = 2
 _TICK_S = 1.0
-_STARTER_ENDS_S = 5.0
-_ATTEMPTS = 3  # to find the same software on a node
 _NODES_END_S = 15.0  # beyond the ranks' grace times
-
-
-@dataclass(frozen=True)
-class Job:
-    """What runs, and where."""
-
-    hosts: dict[str, list[int]]  # slots by host; ranks count through them in this order
-    user_script: str
-    arguments: tuple[str, ...]
-    environment: dict[str, str]  # for the ranks of every node
-    working_directory: str
-    token: str
-    master_addr: str | None = None  # None: the first host's
-    master_port: int | None = None  # None: one that is free there
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks on all hosts together."""
-        return sum(map(len, self.hosts.values()))
 
 
 def run_job(
@@ -88,8 +65,8 @@ def run_job(
     with ExitStack() as stack:
         inbox = stack.enter_context(open_signal_inbox((signal.SIGCHLD, *FORWARDED_SIGNALS)))
         guard = stack.enter_context(SessionGuard())
-        listener = stack.enter_context(_listen())
-        starter = _Starter(start(listener.getsockname()[1]))
+        listener = stack.enter_context(listen())
+        starter = Starter(start(listener.getsockname()[1]))
         stack.callback(starter.end)
         guard.watch(starter.pid)
         head = _Head(job, inbox, listener, starter, grace)
@@ -105,71 +82,6 @@ def run_job(
         return end
 
 
-class _Starter:
-    """pdsh, srun or mpirun at work. It leads a session, out of reach of the terminal's Ctrl-C."""
-
-    def __init__(self, remote_start: RemoteStart) -> None:
-        self.program = remote_start.program
-        try:
-            self._process = subprocess.Popen(
-                remote_start.command,
-                env=remote_start.environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise LaunchError(f"{remote_start.program} can't be started: {error}") from error
-
-    @property
-    def pid(self) -> int:
-        """Process id, and the id of the session it leads."""
-        return self._process.pid
-
-    @property
-    def exit(self) -> Exit | None:
-        """How it ended; None while it runs."""
-        status = self._process.poll()
-        if status is None:
-            return None
-        return Exit(None, -status) if status < 0 else Exit(status)
-
-    def end(self) -> None:
-        """Wait for its end, or else end it and what it started here."""
-        try:
-            self._process.wait(_STARTER_ENDS_S)
-        except subprocess.TimeoutExpired:
-            kill_sessions({self.pid})
-            self._process.wait()
-
-
-@dataclass
-class _Node:
-    """What is known of one host."""
-
-    index: int
-    name: str
-    slots: list[int]
-    first_rank: int
-    channel: Channel | None = None
-    heard_at: float = 0.0
-    ready: Message | None = None
-    problem: str | None = None  # why it can't take part
-    ended: Message | None = None
-    loss: str | None = None  # how it went away
-
-    def tell(self, kind: str, **fields: Any) -> None:
-        if self.channel is not None:
-            self.channel.send(kind, **fields)
-
-    @property
-    def has_answered(self) -> bool:
-        return self.ready is not None or self.problem is not None
-
-    @property
-    def is_running(self) -> bool:
-        return self.ended is None and self.loss is None
-
-
 class _Head:
     """All nodes of a job, and how far it has come."""
 
@@ -178,26 +90,19 @@ class _Head:
         job: Job,
         inbox: SignalInbox,
         listener: socket.socket,
-        starter: _Starter,
+        starter: Starter,
         grace: GraceTimes,
     ) -> None:
         self.wishes = Wishes(under_slurm="SLURM_JOB_ID" in os.environ)
         self._job = job
         self._inbox = inbox
-        self._listener = listener
         self._starter = starter
         self._grace = grace
-        self._software = installed_software()
-        self._nodes: list[_Node] = []
-        first_rank = 0
-        for index, (name, slots) in enumerate(job.hosts.items()):
-            self._nodes.append(_Node(index, name, slots, first_rank))
-            first_rank += len(slots)
-        self._strangers: list[Channel] = []
+        self._nodes = nodes_of(job)
         self._selector = selectors.DefaultSelector()
-        for source in (inbox, listener):
-            self._selector.register(source, selectors.EVENT_READ)
-        self._beat_at = time.monotonic()
+        self._selector.register(inbox, selectors.EVENT_READ)
+        self._muster = Muster(job, self._nodes, grace, listener, self._selector)
+        self._beat_at = self._looked_at = time.monotonic()
         self._end_by: float | None = None  # when nodes that have not ended are given up
         self._hang: str | None = None
         self._starter_loss: str | None = None
@@ -222,21 +127,20 @@ class _Head:
                 error = LaunchError(self._why_not_all_came(missing, connect_s))
                 error.exit_code = NODE_LOST  # another try may get other nodes
                 raise error
-        self._compare_devices()
-        if problems := [f"{node.name}: {node.problem}" for node in self._nodes if node.problem]:
+        if problems := self._muster.problems:
             self._refuse("a node can't take part")
             raise LaunchError("; ".join(problems))
         return True
 
     def start_ranks(self) -> None:
         """Tell the nodes to go. All are ready."""
-        address, port = self._job.master_addr or self._address_of_rank_0(), self._port()
+        address, port = rendezvous_of(self._job, self._nodes)
         num_nodes = len(self._nodes)
         _say(
             f"starting {self._job.num_ranks} ranks on {num_nodes} nodes "
             f"({', '.join(self._job.hosts)}); rendezvous at {address}:{port}"
         )
-        self._started = time.monotonic()
+        self._looked_at = time.monotonic()
         for node in self._nodes:
             node.tell("go", master_addr=address, master_port=port)
 
@@ -252,9 +156,7 @@ class _Head:
         ends, wishes = [], list(self.wishes.numbers)
         for node in self._nodes:
             if node.ended is not None:
-                ends += [
-                    RankEnd.from_fields({**end, "host": node.name}) for end in node.ended["ends"]
-                ]
+                ends += [_rank_end(node, fields) for fields in node.ended["ends"]]
                 wishes += [number for number in node.ended["wishes"] if number not in wishes]
         lost = [f"{node.name}: {node.loss}" for node in self._nodes if node.loss is not None]
         if self._starter_loss is not None:
@@ -271,7 +173,7 @@ class _Head:
             channel.close()
 
     def _channels(self) -> Iterable[Channel]:
-        yield from self._strangers
+        yield from self._muster.strangers
         yield from (node.channel for node in self._nodes if node.channel is not None)
 
     def _take_turn(self) -> None:
@@ -280,9 +182,7 @@ class _Head:
         for number in self._inbox.take():
             if number != signal.SIGCHLD:
                 self._take_signal(number)
-        self._let_strangers_in()
-        for channel in list(self._strangers):
-            self._hear_stranger(channel)
+        self._muster.let_in()
         for node in self._nodes:
             self._hear(node)
         if time.monotonic() >= self._beat_at + BEAT_S:
@@ -292,95 +192,7 @@ class _Head:
         for channel in self._channels():
             channel.flush()
 
-    def _let_strangers_in(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except (BlockingIOError, ConnectionError):
-                return
-            channel = Channel(connection)
-            self._selector.register(channel, selectors.EVENT_READ)
-            self._strangers.append(channel)
-
-    def _hear_stranger(self, channel: Channel) -> None:
-        messages = channel.receive()
-        if not messages and not channel.is_broken:
-            return
-        if not messages or not self._is_ours(messages[0], channel):
-            self._strangers.remove(channel)
-            self._forget(channel)
-            return
-        hello = messages[0].fields
-        if self._has_other_software(hello) and hello["attempt"] < _ATTEMPTS:
-            channel.send("again")  # unless somebody is just editing our code, it stays different
-            return
-        self._strangers.remove(channel)
-        if self._admit(hello, channel) is None:
-            self._forget(channel)
-
-    def _is_ours(self, hello: Message, channel: Channel) -> bool:
-        fields = hello.fields
-        if hello.kind != "hello" or not hmac.compare_digest(
-            str(fields.get("token")), self._job.token
-        ):
-            return False
-        if fields.get("protocol") != PROTOCOL:
-            channel.send("refuse", reason=f"this launcher speaks protocol {PROTOCOL}")
-            return False
-        return True
-
-    def _has_other_software(self, hello: dict[str, Any]) -> bool:
-        if differences(self._software, hello["software"]):
-            self._software = installed_software()
-        return bool(differences(self._software, hello["software"]))
-
-    def _admit(self, fields: dict[str, Any], channel: Channel) -> _Node | None:
-        """Take in an agent that has said hello; return None if it isn't on one of the hosts."""
-        node = self._node_called(fields)
-        if node is None:
-            names = ", ".join(str(name) for name in fields["names"])
-            channel.send("refuse", reason=f"{names} is none of {', '.join(self._job.hosts)}")
-            _say(f"an agent came from {names}, which is none of the job's hosts; sent away")
-            return None
-        node.channel, node.heard_at = channel, time.monotonic()
-        if different := differences(self._software, fields["software"]):
-            node.problem = f"other software than on the launcher's machine: {', '.join(different)}"
-            return node
-        node.tell(
-            "place",
-            node_index=node.index,
-            num_nodes=len(self._nodes),
-            slots=node.slots,
-            first_rank=node.first_rank,
-            world_size=self._job.num_ranks,
-            environment=self._job.environment,
-            user_script=self._job.user_script,
-            arguments=self._job.arguments,
-            working_directory=self._job.working_directory,
-            master_port=self._job.master_port if node.index == 0 else None,
-            grace=[self._grace.settle_s, self._grace.terminate_s],
-        )
-        return node
-
-    def _node_called(self, fields: dict[str, Any]) -> _Node | None:
-        """Return the host that an agent runs on, among those nobody has come from."""
-        free = [node for node in self._nodes if node.channel is None]
-        for name in fields["names"]:
-            for node in free:
-                if node.name == name:
-                    return node
-        short = {str(name).partition(".")[0] for name in fields["names"]}
-        alike = [node for node in free if node.name.partition(".")[0] in short]
-        if len(alike) == 1:
-            return alike[0]
-        # Addresses or aliases in the host file: mpirun counts the agents in its order.
-        ordinal = fields["ordinal"]
-        if isinstance(ordinal, int) and 0 <= ordinal < len(self._nodes):
-            node = self._nodes[ordinal]
-            return node if node.channel is None else None
-        return None
-
-    def _hear(self, node: _Node) -> None:
+    def _hear(self, node: JobNode) -> None:
         if node.channel is None or node.channel.fileno() < 0:
             return
         messages = node.channel.receive()
@@ -395,13 +207,9 @@ class _Head:
             elif node.is_running and node.problem is None:
                 self._lose(node, "the connection to its agent has ended")
 
-    def _obey(self, node: _Node, message: Message) -> None:
-        if message.kind == "ready":
-            node.ready = message
-            node.problem = self._problem_of(node, message)
-        elif message.kind == "cannot":
-            node.problem = message["reason"]
-        elif message.kind == "wish" and self._end_by is None:
+    def _obey(self, node: JobNode, message: Message) -> None:
+        self._muster.hear(node, message)
+        if message.kind == "wish" and self._end_by is None:
             # (later it may come from mpirun, which ends the agents when it is ended itself)
             self._take_signal(message["number"], is_own=False)
         elif message.kind == "failed":
@@ -413,51 +221,18 @@ class _Head:
             node.ended = message
             self._hang = self._hang or message["hang"]
 
-    def _problem_of(self, node: _Node, ready: Message) -> str | None:
-        digest, devices = ready["script"], ready["devices"]
-        script, folder = self._job.user_script, self._job.working_directory
-        if digest is None:
-            return f"there is no {script} in {folder}; the script has to be on every node"
-        if digest != digest_of_file(os.path.join(folder, script)):
-            return f"{script} is not the launcher's: its content differs"
-        if 0 < devices <= max(node.slots):
-            return f"slot {max(node.slots)} is asked for, but there are {devices} GPUs"
-        return None
-
-    def _compare_devices(self) -> None:
-        having = [node.name for node in self._nodes if node.ready and node.ready["devices"] > 0]
-        for node in self._nodes:
-            if having and node.ready is not None and node.ready["devices"] == 0:
-                node.problem = f"no GPU can be seen, unlike on {having[0]}"
-
     def _why_not_all_came(self, missing: list[str], connect_s: float) -> str:
         count = f"{len(missing)} of {len(self._nodes)} nodes can't take part: "
-        problems = [f"{node.name}: {node.problem}" for node in self._nodes if node.problem]
         if (ended := self._starter.exit) is not None:
             why = f"no agent came, and {self._starter.program} has ended ({ended})"
         else:
             why = f"no agent came within {connect_s:.0f} s"
         text = f"{', '.join(missing)}: {why}; see above what {self._starter.program} said"
-        return count + "; ".join([text, *problems])
+        return count + "; ".join([text, *self._muster.problems])
 
     def _refuse(self, reason: str) -> None:
         for channel in self._channels():
             channel.send("refuse", reason=reason)
-
-    def _address_of_rank_0(self) -> str:
-        channels = [node.channel for node in self._nodes if node.channel is not None]
-        address = channels[0].peer_address
-        if not is_loopback(address):
-            return address
-        # Rank 0 runs beside us: where the other nodes reach us they reach it.
-        ours = [channel.local_address for channel in channels[1:]]
-        outside = [address for address in ours if not is_loopback(address)]
-        return outside[0] if outside else address
-
-    def _port(self) -> int:
-        first = self._nodes[0].ready
-        assert first is not None  # noqa: S101 - all are ready
-        return int(first["port"])
 
     def _take_signal(self, number: int, *, is_own: bool = True) -> None:
         # Ctrl-C twice at a terminal is heard at once.
@@ -470,21 +245,23 @@ class _Head:
         for node in self._nodes:
             node.tell("signal", number=number, is_second=is_second)
 
-    def _end_all(self, reason: str, *, but: _Node | None = None, stacks: bool = False) -> None:
+    def _end_all(self, reason: str, *, but: JobNode | None = None, stacks: bool = False) -> None:
         """Tell all nodes to end; ``but`` knows already."""
         if self._end_by is not None:
             return
         grace_s = self._grace.settle_s + self._grace.terminate_s
         self._end_by = time.monotonic() + grace_s + _NODES_END_S
-        if len(self._nodes) > 1 or but is None:
-            _say(reason)
+        _say(reason)
         for node in self._nodes:
             if node is not but:
                 node.tell("end", reason=reason, shows_stacks=stacks)
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
+        paused_s, self._looked_at = now - self._looked_at, now
         for node in self._nodes:
+            if paused_s > PAUSED_S:
+                node.heard_at = min(now, node.heard_at + paused_s)  # it was us who slept
             silent_s = now - node.heard_at
             if node.is_running and silent_s > SILENCE_S:
                 self._lose(node, f"no sign of life for {silent_s:.0f} s")
@@ -499,7 +276,7 @@ class _Head:
             self._starter_loss = f"{', '.join(running)}: {self._starter.program} ended ({ended})"
             self._end_all(f"{self._starter.program} has ended ({ended}); ending all nodes")
 
-    def _lose(self, node: _Node, how: str) -> None:
+    def _lose(self, node: JobNode, how: str) -> None:
         node.loss = how
         self._end_all(f"lost {node.name}: {how}; ending the other nodes", but=node)
 
@@ -509,17 +286,8 @@ class _Head:
         channel.close()
 
 
-def _rank_end(node: _Node, fields: dict[str, Any]) -> RankEnd:
+def _rank_end(node: JobNode, fields: dict[str, Any]) -> RankEnd:
     return RankEnd.from_fields({**fields, "host": node.name})
-
-
-def _listen() -> socket.socket:
-    try:
-        listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    except (OSError, ValueError):
-        listener = socket.create_server(("", 0))  # a machine without IPv6
-    listener.setblocking(False)
-    return listener
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.base.errors import LaunchError
-from megatron.engine.launch.job_channel import BEAT_S, SILENCE_S, Channel, Message
+from megatron.engine.launch.job_channel import BEAT_S, PAUSED_S, SILENCE_S, Channel, Message
 
 __all__ = ["HeadLink", "connect_to_head"]
 
@@ -21,7 +21,7 @@ class HeadLink:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self._heard_at = self._said_at = time.monotonic()
+        self._heard_at = self._said_at = self._looked_at = time.monotonic()
 
     def fileno(self) -> int:
         """Return the descriptor to wait for."""
@@ -34,9 +34,13 @@ class HeadLink:
 
     def take(self) -> list[Message]:
         """Return what the launcher said since the last call."""
+        now = time.monotonic()
+        if now > self._looked_at + PAUSED_S:
+            self._heard_at += now - self._looked_at  # it was us who slept
+        self._looked_at = now
         messages = self.channel.receive()
         if messages:
-            self._heard_at = time.monotonic()
+            self._heard_at = now
         return [message for message in messages if message.kind != "beat"]
 
     def keep_alive(self) -> None:

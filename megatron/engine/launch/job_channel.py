@@ -24,11 +24,12 @@ from typing import Any
 
 from megatron.base.errors import LaunchError
 
-__all__ = ["BEAT_S", "CONNECT_S", "PROTOCOL", "SILENCE_S", "Channel", "Message"]
+__all__ = ["BEAT_S", "CONNECT_S", "PAUSED_S", "PROTOCOL", "SILENCE_S", "Channel", "Message"]
 
 PROTOCOL = 1
 BEAT_S = 5.0
 SILENCE_S = 30.0
+PAUSED_S = 10.0  # who didn't look for so long was stopped (`scontrol suspend`), not left alone
 CONNECT_S = 120.0  # for all agents to come; a cold network file system is slow
 _LINE_LIMIT_BYTES = 64 << 20  # a configuration with a long list of files is the longest message
 _CHUNK_BYTES = 1 << 16

@@ -13,9 +13,10 @@ from megatron.base.exit_codes import NODE_LOST
 from megatron.engine.launch.addresses import own_addresses
 from megatron.engine.launch.agent import GraceTimes
 from megatron.engine.launch.conclusion import JobEnd
-from megatron.engine.launch.head import Job, run_job
+from megatron.engine.launch.head import run_job
 from megatron.engine.launch.job_channel import CONNECT_S
 from megatron.engine.launch.job_file import TOKEN_VARIABLE, JobSecrets, write_job_file
+from megatron.engine.launch.job_nodes import Job
 from megatron.engine.launch.remote_start import SSH_OPTIONS, RemoteStart, remote_start
 
 __all__ = ["CONNECT_VARIABLE", "connect_time", "launch_on_hosts"]
