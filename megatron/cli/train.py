@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron.base.errors import MegatronError
-from megatron.base.exit_codes import CANNOT_LAUNCH
+from megatron.base.exit_codes import CANNOT_LAUNCH, STOPPED
 from megatron.base.progress import progress_of_this_process
 from megatron.base.startup import StartUp
 from megatron.cli.resume_plan import PlannedLaunch
@@ -32,7 +32,7 @@ from megatron.engine.optimizers import build_optimizer
 from megatron.engine.progress_reports import HangLimits, Phases
 from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
-from megatron.engine.stop_signals import stop_signals
+from megatron.engine.stop_signals import StopSignals, stop_signals
 from megatron.ledger.run_directory import is_save_step
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
@@ -99,9 +99,11 @@ def train(
         journal = ready.training.journal
         signals.keep()
         try:
-            reason = run(ready.training, ready.settings, first_step=ready.first_step)
-            if journal is not None:
-                journal.flush()
+            reason = _told_to_stop(ready.training.groups, signals)
+            if reason is None:
+                reason = run(ready.training, ready.settings, first_step=ready.first_step)
+                if journal is not None:
+                    journal.flush()
         except BaseException as error:
             if journal is not None:
                 with contextlib.suppress(
@@ -206,6 +208,22 @@ def prepare(
         phases=phases,
     )
     return PreparedTraining(training, _loop_settings(config, launch), first_step=step + 1)
+
+
+def _told_to_stop(groups: ProcessGroups, signals: StopSignals) -> StopReason | None:
+    """Return why not to begin, on all ranks or on none; a signal that comes later is the loop's.
+
+    A rank that got one before it came here has ended at once. Then this one, if it got the same, is
+    not to fail because of the other.
+    """
+    mine = None if signals.wish is None else signals.wish.name
+    try:
+        told = next(filter(None, groups.gather(mine)), None)
+    except RuntimeError:
+        if signals.wish is None:
+            raise
+        told = signals.wish.name
+    return None if told is None else StopReason(f"signal {told}", STOPPED)
 
 
 def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:

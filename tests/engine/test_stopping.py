@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.base import write_points
+from megatron.cli import train as training_command
 from megatron.engine import loop, stop_signals
 from megatron.engine.steps import MicroBatchSource
 from megatron.ledger.lease import Lease
@@ -98,6 +99,27 @@ def test_all_ranks_save_two_steps_later_and_nothing_is_lost(ranks, number, run, 
     assert stop_reason(run.save) == f"signal {signal.Signals(number).name}"
     assert list_checkpoints(run.save) == [4, 7]
     assert_goes_on_from(7, run, undisturbed)
+
+
+@pytest.mark.parametrize("is_after_the_look", [False, True])
+def test_right_before_the_loop_all_ranks_begin_it_or_none(is_after_the_look, run):
+    def watch(context) -> None:
+        told_to_stop = training_command._told_to_stop
+
+        def told(*arguments):
+            if context.rank == 1 and not is_after_the_look:
+                tell()
+            reason = told_to_stop(*arguments)
+            if context.rank == 1 and is_after_the_look:
+                tell()
+            return reason
+
+        training_command._told_to_stop = told
+
+    run.launch_watched(watch)
+    assert newest_committed(run.save) == (3 if is_after_the_look else None)
+    assert stop_reason(run.save) == "signal SIGTERM"
+    assert hidden_names(run.save) == []
 
 
 @pytest.mark.kill
