@@ -86,7 +86,8 @@ def run_ranks(
                 rank_command(user_script, arguments, local_rank),
                 rank_environment(placement, local_rank, environ, cores)
                 | watchdog.variables(local_rank),
-                is_foreground=placement.first_rank + local_rank == 0,
+                # srun may give the agents a terminal: that isn't the user's
+                is_foreground=link is None and local_rank == 0,
             )
             guard.watch(process.pid)
             node.add(process)

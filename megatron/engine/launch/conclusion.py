@@ -22,7 +22,7 @@ class JobEnd:
     @property
     def status(self) -> int:
         """The job's exit status; 0 only if every rank ended with 0."""
-        first = first_failure(self.ends)
+        first = self._first_failure
         if self._is_node_loss(first):
             return NODE_LOST
         if self.hang is not None:
@@ -35,7 +35,7 @@ class JobEnd:
     @property
     def reason(self) -> str:
         """Why the job ended before its ranks had noted it themselves, for the run's record."""
-        first = first_failure(self.ends)
+        first = self._first_failure
         if self._is_node_loss(first):
             return f"node lost: {'; '.join(self.lost)}"
         if self.hang is not None:
@@ -53,12 +53,21 @@ class JobEnd:
         return progress[0].done_step if progress and progress[0] is not None else None
 
     @property
+    def _first_failure(self) -> RankEnd | None:
+        first = first_failure(self.ends)
+        if first is None or not (first.blames_a_peer or first.was_only_told):
+            return first
+        # Who is told to stop while starting leaves at once; peers see a lost connection.
+        stopped = [end.ended_at for end in self.ends if end.exit.code == STOPPED]
+        return None if stopped and min(stopped) <= first.ended_at else first
+
+    @property
     def _progress(self) -> list[RankProgress]:
         return [one.progress for one in self.ends if one.progress is not None]
 
     def report(self) -> str:
         """Return the job's last words; nothing if all is well."""
-        first = first_failure(self.ends)
+        first = self._first_failure
         end = f"---- the job ends with status {self.status}\n"
         if self._is_node_loss(first):
             text = "".join(f"---- deepy: lost {node}\n" for node in self.lost)

@@ -127,7 +127,7 @@ def _srun(
     # An agent has the whole node; its ranks share it. It outlives the failure of another one, for
     # the launcher to tell in order what happened.
     command += ["--cpu-bind=none", "--mpi=none", "--kill-on-bad-exit=0", "--wait=0"]
-    command += [f"--chdir={working_directory}", "--unbuffered"]
+    command.append(f"--chdir={working_directory}")
     if "SLURM_STEP_ID" in environment:  # we are in a step ourselves, and share its node
         command.append("--overlap")
     for name in _SRUN_READS:

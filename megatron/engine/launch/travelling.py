@@ -48,8 +48,8 @@ def travelling_environment(
     }
     notes: list[str] = []
     file = Path(environ.get("DS_ENV_FILE") or _ENV_FILE)
-    paths = {os.path.abspath(Path(folder, file)) for folder in (home, working_directory)}
-    for path in sorted(paths):
+    paths = [os.path.abspath(Path(folder, file)) for folder in (home, working_directory)]
+    for path in dict.fromkeys(paths):  # the nearer one wins
         chosen.update(_read(path, notes))
     return chosen, notes
 
