@@ -42,8 +42,10 @@ class VocabularyCheck:
         smallest = int(tokens.min(initial=0)) if tokens.dtype.kind == "i" else 0
         if largest >= self._rows or smallest < 0:
             wrong = smallest if smallest < 0 else largest
+            row = int(np.nonzero(samples == wrong)[0][0])
             raise DatasetError(
-                f"{self._source} holds token id {wrong}, but the vocabulary has "
+                f"{self._source} holds token id {wrong}, in the sample at position "
+                f"{positions[row]} of its stream, but the vocabulary has "
                 f"{self._rows} rows (padded); was it tokenized with another tokenizer?"
             )
         return samples

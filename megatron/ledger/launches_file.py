@@ -25,7 +25,7 @@ class EndedLaunch:
     time: float  # seconds since the epoch
     job: str | None  # SLURM's number; None: not started by SLURM
     restarts: int  # how often SLURM had requeued the job
-    status: int  # the launch's exit status
+    status: int | None  # the launch's exit status; None: the job gave up before it
     attempt: int | None  # the newest attempt of the run then
     has_begun: bool  # whether that attempt is the launch's own
     counts: bool  # whether it counts as a try without progress, if it has begun no attempt

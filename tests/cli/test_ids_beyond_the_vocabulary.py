@@ -33,7 +33,8 @@ def test_the_reading_rank_stops_before_such_a_step(tmp_path: Path, tensor_ranks:
         return str(raised.value)
 
     message = run_ranks(rank, tensor_ranks, tmp_path)[0]
-    assert "holds token id 700, but the vocabulary has 512 rows (padded)" in message
+    assert "holds token id 700, in the sample at position 0 of its stream" in message
+    assert "but the vocabulary has 512 rows (padded)" in message
     assert "step 1" in message
 
 
@@ -50,6 +51,6 @@ class Rows:
 def test_the_last_row_is_fine_and_a_negative_id_is_not():
     fine = VocabularyCheck(Rows(np.array([[0, 511]], dtype=np.uint16)), 512, source="x")
     assert fine.read(np.array([0])).tolist() == [[0, 511]]
-    negative = VocabularyCheck(Rows(np.array([[0, -100]], dtype=np.int32)), 512, source="x")
-    with pytest.raises(Exception, match="x holds token id -100"):
-        negative.read(np.array([0]))
+    negative = VocabularyCheck(Rows(np.array([[0, 1], [0, -9]], dtype=np.int32)), 512, source="x")
+    with pytest.raises(Exception, match="x holds token id -9, in the sample at position 1 of"):
+        negative.read(np.array([0, 1]))

@@ -67,6 +67,19 @@ def test_json_has_the_batch_of_the_step_it_died_in(run, tmp_path, capsys):
             assert stop - start == 2 * (document["tokens"][1] - document["tokens"][0])
 
 
+def test_a_job_that_gives_up_before_a_launch_notes_it(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    for restarts in range(3):
+        job = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(restarts)}
+        run.launch(7, saves=[5], stop=None, train_iters=20, environment={"job": job})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert decide(tmp_path) == 1
+    assert "died in one of the steps 6..15, killed" in capsys.readouterr().out
+    [noted] = read_launches(run.save)
+    assert (noted.status, noted.action, noted.job) == (None, "stop", "17")
+    assert decide(tmp_path) == 75  # requeued by hand after that, it tries again
+
+
 def test_data_that_is_gone_is_said_and_the_job_stops_all_the_same(run, tmp_path, capsys):
     for launch in range(3):
         run.launch(7, saves=[5], stop="failed: OSError", train_iters=20)

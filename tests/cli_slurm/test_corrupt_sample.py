@@ -70,3 +70,25 @@ def test_three_deaths_in_one_step_stop_the_job_with_its_documents_and_bytes(tmp_
 
     # somebody has looked at it: the next submission has all its tries again
     assert main(["decide", str(config)]) == 75
+
+
+def test_a_corrupt_sample_of_the_validation_is_named_as_such(tmp_path, capsys):
+    write_dataset(tmp_path / "text")
+    document = 33  # of the second part of 8,1,1
+    byte = int(IndexedDataset(str(tmp_path / "text")).pointers[document])
+    tokens = np.memmap(tmp_path / "text.bin", dtype=np.uint16, mode="r+")
+    tokens[byte // 2] = 700
+    tokens.flush()
+    save = tmp_path / "save"
+    keys = {"save": str(save), "load": str(save), "checkpoint_factor": 2, "eval_interval": 2}
+    keys |= {"train_iters": 60, "data_path": str(tmp_path / "text")}
+    config = tmp_path / "config.yml"
+    config.write_text(json.dumps(CONFIG | keys))
+    for status in (75, 1):
+        launch(config, tmp_path)
+        assert main(["decide", "--status", "1", "--tries", "2", str(config)]) == status
+    report = capsys.readouterr().out
+    report = report[report.index("neox-slurm: stop") :]
+    assert report.count("in its validation, failed: DatasetError") == 2
+    assert f"document {document} of" in report
+    assert "--stream valid" in report

@@ -113,6 +113,21 @@ def test_a_job_that_fails_before_it_ever_trained_stops_at_once(past):
     assert "has never trained" in decision.reason
 
 
+@pytest.mark.parametrize("status", [NODE_LOST, HUNG, 128 + signal.SIGKILL])
+def test_a_machines_failure_before_the_first_step_is_tried_again(past, status):
+    assert [past.ended(status).action for _ in range(3)] == ["requeue", "requeue", "stop"]
+
+
+def test_a_job_that_slurm_starts_again_and_again_gives_up_before_a_launch(past):
+    """Batch scripts that die with their node decide nothing; SLURM requeues their job."""
+    for _ in range(3):
+        environment = {"job": JOB["job"] | {"SLURM_RESTART_COUNT": str(past.restarts)}}
+        past.run.launch(7, saves=[5], stop=None, environment=environment, train_iters=TRAIN_ITERS)
+        past.restarts += 1
+    assert verdict(past.situation(None)).action == "stop"
+    assert verdict(past.situation(None, job=Job(number="18"))).action == "requeue"
+
+
 def test_a_job_that_has_trained_may_fail_to_begin_twice(past):
     past.attempt(7, stop="signal SIGUSR1", status=STOPPED, saves=[7])
     decisions = [past.ended(FAILED) for _ in range(3)]

@@ -6,31 +6,33 @@ from pathlib import Path
 from typing import Any
 
 from megatron.base.errors import DatasetError, MegatronError
-from megatron.ledger.attempt_facts import AttemptFacts
 from megatron.ledger.lineage import lineage_of_ledger
+from megatron.ledger.queries.advance import AttemptAdvance
 from megatron.ledger.queries.run_data import RunData
 from megatron.ledger.queries.run_view import RunView
 from megatron.ledger.queries.samples import step_frame
 from megatron.stream.explanations import SampleParts
 
-__all__ = ["Batch", "batch_of_step"]
+__all__ = ["Batch", "batch_of"]
 
 _SHOWN = 16  # samples of a batch in a message; the ledger tells the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step reads."""
+    """What a step reads, or an evaluation."""
 
-    step: int
-    positions: range  # of the training stream
+    stream: str  # "train" or "valid"
+    step: int  # of "valid": which evaluation, from 1
+    positions: range  # of the stream
     samples: Sequence[SampleParts]  # empty if `unknown` says why
     unknown: str | None = None
 
     def lines(self, save: Path) -> Iterator[str]:
         """Yield the text of a message."""
         first, last = self.positions.start, self.positions.stop - 1
-        yield f"step {self.step} reads positions {first}..{last} of the train stream:"
+        what = "step" if self.stream == "train" else "validation"
+        yield f"{what} {self.step} reads positions {first}..{last} of the {self.stream} stream:"
         if self.unknown is not None:
             yield f"  documents and bytes are not known: {self.unknown}"
         for position, sample in zip(self.positions, self.samples[:_SHOWN], strict=False):
@@ -44,11 +46,13 @@ class Batch:
                 )
         if len(self.samples) > _SHOWN:
             yield f"  and {len(self.samples) - _SHOWN} samples more:"
-        yield f"  neox-ledger step {self.step} --run {save}    has ranks and rows, too"
+        option = "" if self.stream == "train" else f" --stream {self.stream}"
+        yield f"  neox-ledger step {self.step}{option} --run {save}    has ranks and rows, too"
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as plain values, all samples."""
         return {
+            "stream": self.stream,
             "step": self.step,
             "positions": [self.positions.start, self.positions.stop],
             "unknown": self.unknown,
@@ -73,24 +77,30 @@ class Batch:
         }
 
 
-def batch_of_step(save: Path, facts: AttemptFacts, step: int) -> Batch | None:
-    """Return the batch that an attempt read, or would have read, in a step; None if nothing tells.
+def batch_of(save: Path, attempt: AttemptAdvance) -> Batch | None:
+    """Return the batch that an attempt died at; None if nothing tells.
 
-    Args:
-        save: the run's directory.
-        facts: of the attempt; the step follows the one it began after.
-        step: of the training stream.
+    Of several steps that it may have died in, the first.
     """
+    facts, died_in = attempt.facts, attempt.died_in
+    if died_in is None:
+        return None
     view = RunView(save, lineage_of_ledger(facts.begin, [save]), save)
+    stream, step = "train", died_in.start
     try:
-        frame = step_frame(view, step)
-    except MegatronError:
+        if attempt.unfinished_evaluation is not None:
+            stream = "valid"
+            step = view.stream(stream).segments.step_of(attempt.unfinished_evaluation)
+        frame = step_frame(view, step, stream)
+    except (MegatronError, ValueError):
         return None
     samples: Sequence[SampleParts] = ()
     unknown = None
     try:
-        stream = RunData(facts.begin.datasets).stream(frame.order)
-        samples = stream.explain(frame.order_positions)
+        data = RunData(facts.begin.datasets).stream(frame.order)
+        samples = data.explain(frame.order_positions)
     except (DatasetError, OSError) as error:  # the data is gone, or what was wrong with the step
         unknown = str(error)
-    return Batch(step=step, positions=frame.positions, samples=samples, unknown=unknown)
+    return Batch(
+        stream=stream, step=step, positions=frame.positions, samples=samples, unknown=unknown
+    )

@@ -99,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _note(situation: Situation, decision: Verdict) -> None:
     save, newest = situation.keys.save, situation.newest
-    if situation.status is None or save is None:
+    gives_up = decision.action == "stop" and (decision.stalled or decision.unbegun)
+    if save is None or (situation.status is None and not gives_up):
         return
     launch = EndedLaunch(
         time=situation.now,
@@ -124,17 +125,10 @@ def _batches(situation: Situation, decision: Verdict) -> "list[Batch]":
     if decision.action != "stop" or save is None:
         return []
     # Opening data takes longer than all the rest, and most launches end well.
-    from megatron.cli.slurm.batches import Batch, batch_of_step
+    from megatron.cli.slurm.batches import batch_of
 
-    found: dict[int, Batch] = {}
-    for attempt in decision.stalled:
-        died_in = attempt.died_in
-        if died_in is None or died_in.start in found:
-            continue
-        batch = batch_of_step(save, attempt.facts, died_in.start)
-        if batch is not None:
-            found[batch.step] = batch
-    return list(found.values())
+    found = [batch for one in decision.stalled if (batch := batch_of(save, one)) is not None]
+    return list({(batch.stream, batch.step): batch for batch in found}.values())
 
 
 def _lines(situation: Situation, decision: Verdict, batches: "Sequence[Batch]") -> Iterator[str]:
@@ -165,6 +159,8 @@ def _attempt_line(attempt: AttemptAdvance) -> str:
     died = attempt.died_in
     if died is None:
         parts.append(f"recorded up to step {attempt.last_step}")
+    elif attempt.unfinished_evaluation is not None:
+        parts.append(f"died after step {attempt.last_step}, in its validation")
     elif len(died) == 1:
         parts.append(f"died in step {died.start}")
     else:
@@ -201,6 +197,7 @@ def _attempt_json(attempt: AttemptAdvance) -> Mapping[str, Any]:
         "began_after": facts.begin.step,
         "last_step": attempt.last_step,
         "died_in": None if died is None else [died.start, died.stop - 1],
+        "died_in_validation": attempt.unfinished_evaluation is not None,
         "stop": None if facts.stop is None else facts.stop.reason,
     }
 

@@ -58,7 +58,8 @@ def verdict(situation: Situation) -> Verdict:
             reason=f"stopped at step {stop.step}{_of(situation)} because of exit_interval; the run "
             "is not finished, and the same command goes on",
         )
-    if own is None and status not in _TOLD_TO_STOP and not _has_trained(situation):
+    is_own_failure = status < 128 and status not in (STOPPED, HUNG, NODE_LOST)
+    if own is None and is_own_failure and not _has_trained(situation):
         return Verdict(
             action="stop",
             reason=f"{_ended(status)} before the first step, and this job has never trained: "

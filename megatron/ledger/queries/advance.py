@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.ledger.attempt_facts import AttemptFacts, read_all_attempt_facts
 from megatron.ledger.attempts import attempt_lines_path, flush_interval
-from megatron.ledger.line_search import read_end
+from megatron.ledger.line_search import FileEnd, read_end
 
 __all__ = ["AttemptAdvance", "advances", "attempts_without_advance"]
 
@@ -22,16 +22,19 @@ class AttemptAdvance:
     last_step: int  # newest one with a line; the one it began after, if there is none
     saved_step: int | None  # newest checkpoint that it published
     has_advanced: bool  # it recorded or saved a step that no attempt had before
+    unfinished_evaluation: int | None = None
+    """Position of the validation stream at which the evaluation begins that it died in; None: it
+    didn't, or nothing tells."""
 
     @property
     def died_in(self) -> range | None:
-        """The step it died in, or those that it may have died in.
+        """The step it died in, or before, or those that it may have died in.
 
         The lines of a few steps wait for their digests (:func:`flush_interval`); who was killed
         couldn't write them. None: it was stopped, not interrupted in a step.
         """
         stop = self.facts.stop
-        if stop is not None and (stop.reason in _PLANNED or stop.reason.startswith(_TOLD)):
+        if stop is not None and _is_planned(stop.reason):
             return None
         if stop is not None and stop.done_step is not None:
             return range(stop.done_step + 1, stop.done_step + 2)
@@ -77,9 +80,9 @@ def advances(save: Path) -> list[AttemptAdvance]:
     recorded = saved = -1
     for facts in read_all_attempt_facts(save):
         path = attempt_lines_path(save, facts.number)
-        end = read_end(path).step if path.exists() else None
+        end = read_end(path) if path.exists() else None
         begin = facts.begin.step
-        last = begin if end is None else end.step
+        last = begin if end is None or end.step is None else end.step.step
         newest = max((one.step for one in facts.committed), default=None)
         if facts.obeyed or not found:
             recorded = saved = begin
@@ -89,6 +92,7 @@ def advances(save: Path) -> list[AttemptAdvance]:
                 last_step=last,
                 saved_step=newest,
                 has_advanced=last > recorded or (newest is not None and newest > saved),
+                unfinished_evaluation=_unfinished_evaluation(facts, last, end),
             )
         )
         recorded = max(recorded, last)
@@ -111,6 +115,26 @@ def attempts_without_advance(attempts: Sequence[AttemptAdvance]) -> list[Attempt
         if not attempt.is_stopped_from_outside:
             stalled.append(attempt)
     return stalled[::-1]
+
+
+def _unfinished_evaluation(facts: AttemptFacts, last: int, end: FileEnd | None) -> int | None:
+    """Return where the evaluation after step ``last`` begins, if an attempt died in it."""
+    begin, stop = facts.begin, facts.stop
+    if stop is None or stop.done_step != last or _is_planned(stop.reason) or last == 0:
+        return None
+    interval = facts.config.get("eval_interval")
+    is_due = begin.evaluation_due if last == begin.step else interval and last % interval == 0
+    stream = begin.streams.get("valid")
+    if not is_due or stream is None:
+        return None
+    done = end.evaluations.get("valid") if end is not None else None
+    if done is None:
+        return stream.next_position
+    return None if done.after_step == last else done.position + done.samples
+
+
+def _is_planned(reason: str) -> bool:
+    return reason in _PLANNED or reason.startswith(_TOLD)
 
 
 def _died_together(one: AttemptAdvance, other: AttemptAdvance) -> bool:
