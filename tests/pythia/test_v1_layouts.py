@@ -38,6 +38,7 @@ def layouts(draw: st.DrawFn) -> V1Layout:
         extra_intervals=draw(st.sampled_from([0, 0, 1, 2])),
         is_elastic=draw(st.booleans()),
         tensor_ranks=tensor,
+        stages=draw(st.sampled_from([1, 1, 2])),
         has_underscore=draw(st.booleans()),
     )
 
@@ -72,6 +73,15 @@ def test_whatever_the_layout_every_value_is_found(
     assert states.step == 8
     assert states.scaler is not None
     assert (states.scaler.last_overflow_iteration, states.scaler.hysteresis) == (3, 1)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_pipelines_stages_have_an_optimizer_each(zero_stage: int, tmp_path: Path):
+    layout = V1Layout(stages=2, tensor_ranks=2, zero_stage=zero_stage)
+    written = write_checkpoint(tmp_path / "global_step9", layout)
+    assert len(list((tmp_path / "global_step9").glob("mp_rank_*"))) == 4
+    assert structural_problems(tmp_path / "global_step9") == []
+    require_equal(opened(tmp_path / "global_step9"), written)
 
 
 @pytest.mark.parametrize("is_elastic", [True, False])

@@ -29,6 +29,7 @@ class V1Layout:
     extra_intervals: int = 0  # wholly of padding
     is_elastic: bool = True
     tensor_ranks: int = 1
+    stages: int = 1  # model ranks are numbered stage by stage, as NeoX main's are
     has_underscore: bool = True  # in the optimizer files' names
     zero_stage: int = 1  # 0: one optimizer in every metadata file
     is_pipeline: bool = True  # False: weights in the metadata files, no layer files
@@ -120,10 +121,31 @@ def write_checkpoint(
         values.append(of_rank)
         if layout.is_pipeline:
             _write_weights(directory, of_rank["master"], tensor_rank, layout)
-        _write_metadata(directory, tensor_rank, layout, model, of_rank)
-        if layout.zero_stage == 1:
-            _write_optimizer(directory, of_rank, tensor_rank, layout)
+        for stage, of_stage in enumerate(_stages(of_rank, layout.stages)):
+            model_rank = stage * layout.tensor_ranks + tensor_rank
+            _write_metadata(directory, model_rank, layout, model, of_stage)
+            if layout.zero_stage == 1:
+                _write_optimizer(directory, of_stage, model_rank, layout)
     return values
+
+
+def _stages(
+    values: dict[str, dict[str, torch.Tensor]], stages: int
+) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Divide a tensor rank's parameters by layer, as evenly as layers allow."""
+    layers = list(dict.fromkeys(name.split(".")[0] for name in values["master"]))
+    stage_of = {layer: index * stages // len(layers) for index, layer in enumerate(layers)}
+    return [
+        {
+            kind: {
+                name: tensor
+                for name, tensor in of_kind.items()
+                if stage_of[name.split(".")[0]] == stage
+            }
+            for kind, of_kind in values.items()
+        }
+        for stage in range(stages)
+    ]
 
 
 def _weights(masters: dict[str, torch.Tensor], layout: V1Layout) -> dict[str, torch.Tensor]:
@@ -176,7 +198,7 @@ def _write_metadata(
         "global_steps": iteration,
         "global_samples": 4 * iteration,
         "dp_world_size": layout.data_ranks,
-        "mp_world_size": layout.tensor_ranks,
+        "mp_world_size": layout.stages * layout.tensor_ranks,
         "iteration": iteration,
         "args": {
             "num_layers": model.num_layers,
