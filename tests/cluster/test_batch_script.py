@@ -60,7 +60,7 @@ class Played:
 
 @pytest.fixture
 def played(start_cluster, tmp_path):
-    return Played(start_cluster(2), tmp_path / "played")
+    return Played(start_cluster(3), tmp_path / "played")
 
 
 def actions(save: Path) -> list[tuple[str | None, int, str]]:
@@ -150,3 +150,23 @@ def test_links_that_wait_when_a_run_is_given_up_do_not_try(played):
     later = played.submit("a.yml", NEOX_REQUEUE="no", NEOX_TRIES="2")
     played.wait_for(lambda: later.state == "FAILED", "a later submission tries again")
     assert actions(save)[-1] == (str(later.number), 1, "requeue")
+
+
+def test_a_job_that_lost_a_node_waits_until_slurm_knows_of_it(played):
+    """SLURM would give the dead node again: here it takes minutes to notice, as it does usually."""
+    settings = played.cluster.state / "etc/slurm/slurm.conf"
+    text = settings.read_text()
+    settings.write_text(text.replace("SlurmdTimeout=10", "SlurmdTimeout=60"))
+    assert settings.read_text() != text
+    played.cluster.on("head", "scontrol", "reconfigure")
+    save = played.config("a", play="lose")
+    job = played.submit("a.yml", "--nodes=2")
+    played.wait_for(lambda: "waiting" in played.log(job.number), "it runs")
+    assert job.nodes() == ["node1", "node2"]
+    played.cluster.power_off("node2")
+    (played.folder / "lost").touch()
+    played.wait_for(lambda: "doesn't answer" in played.log(job.number), "the script notices")
+    played.wait_for(lambda: "requeued" in played.log(job.number), "SLURM notices")
+    played.wait_for(lambda: "run is finished" in played.log(job.number), "it goes on")
+    assert job.nodes() == ["node1", "node3"]
+    assert [one[1:] for one in actions(save)] == [(77, "requeue"), (0, "done")]
