@@ -15,6 +15,8 @@ from tests.launch.launches import Finished, Launch, launch, wait_for
 
 SLEEP = "time.sleep(60)\n"
 READY = "open(f'ready{rank}', 'w').close()\n"
+pytestmark = pytest.mark.launcher
+
 HOSTS = ("one:1", "two:2")
 
 
