@@ -219,6 +219,14 @@ def test_weights_without_their_config_json_are_no_checkpoint(tiny, tmp_path):
     assert "no global_stepN, and no config.json as a branch of the hub has" in problem
 
 
+def test_a_flat_checkpoint_is_told_what_to_become(tiny, tmp_path):
+    torch.save(trained(1).state_dict(), tmp_path / "model.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3000")
+    (problem,) = texts(check_release(tmp_path, tiny, 3000), "unknown")
+    assert "holds model.pt, latest_checkpointed_iteration.txt: a flat checkpoint" in problem
+    assert "Hugging Face's form: config.json and pytorch_model.bin" in problem
+
+
 def test_steps_before_the_first_are_refused(tiny, tmp_path):
     with pytest.raises(ConfigError, match="tiny has no step -3: steps count from 0"):
         check_release(tmp_path, tiny, -3)

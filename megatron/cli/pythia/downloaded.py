@@ -30,6 +30,7 @@ Place = tuple[int, str]
 
 _STEP = re.compile(r"(?:global_)?step(\d+)|(.*[-_@])step(\d+)")
 _CONFIG = "config.json"
+_FLAT_FILES = ("model.pt", "optimizer.pt", "latest_checkpointed_iteration.txt")
 _MAIN_STEP = 143000  # the hub's branch `main` (pythia.md §4)
 
 
@@ -128,6 +129,13 @@ def _checkpoint(directory: Path, iteration: int | None) -> Path:
     try:
         checkpoints = find_checkpoints(directory).checkpoints
     except CheckpointError as error:
+        flat = [name for name in _FLAT_FILES if has_file(directory, name)]
+        if flat:
+            raise CheckpointError(
+                f"{directory} holds {', '.join(flat)}: a flat checkpoint, whose tensors' names and "
+                "order are on no record here. Save its weights in Hugging Face's form: "
+                f"{_CONFIG} and pytorch_model.bin"
+            ) from error
         raise CheckpointError(
             f"{error}, and no {_CONFIG} as a branch of the hub has beside its weights"
         ) from error
