@@ -64,18 +64,18 @@ class SubmittedRun:
         restarts = self.job.restarts()
         happen()
         stopped, runs = self.wait_for_restart(event, restarts)
-        first = self._wait(
-            lambda: self.training.last_step(attempt=newest + 1) > 0,
-            f"the first step after: {event}",
-            STARTED_S,
-        )
+        self.wait_for_new_steps(1, after=newest)
+        attempts = self.training.attempts
+        self._wait(lambda: attempts()[-1].startup_s, "start-up times in the record", STARTED_S)
         before, after = self.training.attempts()[-2:]
         startup_s = after.startup_s
+        phases = list(startup_s)
+        until_record = sum(startup_s[name] for name in phases[: phases.index("record") + 1])
         return Recovery(
             event,
             stopping_s=stopped - began,
             waiting_s=runs - stopped,
-            starting_s=max(0.0, first - runs - sum(startup_s.values())),
+            starting_s=after.facts["started"] - until_record - runs,
             startup_s=startup_s,
             repeated_steps=max(0, before.last_step - after.loaded_step),
         )
@@ -103,7 +103,12 @@ class SubmittedRun:
 
     def kill_rank(self, rank: int) -> None:
         """SIGKILL one rank."""
-        os.kill(self.cluster.ranks_of(self.training.folder)[rank], signal.SIGKILL)
+        os.kill(self.ranks()[rank], signal.SIGKILL)
+
+    def ranks(self) -> dict[int, int]:
+        """Return the processes of the newest launch's ranks, as this machine counts them."""
+        launch = self.training.attempts()[-1].facts["environment"]["launch"]
+        return self.cluster.ranks_of(launch, str(SCRIPT))
 
     def preempt(self, *, nodes: int = 2, for_s: float = 3.0) -> None:
         """Run a job of the higher partition on the nodes that this one has."""

@@ -117,19 +117,25 @@ class SlurmCluster:
         command = ("sinfo", "--noheader", "-N", "-p", "low", "-t", "idle", "-o", "%N")
         return self.on("head", *command).split()
 
-    def ranks_of(self, data: Path) -> dict[int, int]:
-        """Return the ranks that have ``data`` open: rank -> process, as this machine counts."""
+    def ranks_of(self, launch: str, script: str) -> dict[int, int]:
+        """Return the ranks of a launch that live: rank -> process, as this machine counts.
+
+        Args:
+            launch: its $NEOX_LAUNCH_ID.
+            script: what a rank runs.
+        """
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdecimal():
                 continue
             with contextlib.suppress(OSError):
-                if str(data) not in (entry / "maps").read_text():
-                    continue
-                for variable in (entry / "environ").read_bytes().split(b"\0"):
-                    name, _, value = variable.partition(b"=")
-                    if name == b"RANK":
-                        found[int(value)] = int(entry.name)
+                variables = dict(
+                    variable.partition(b"=")[::2]
+                    for variable in (entry / "environ").read_bytes().split(b"\0")
+                )
+                is_rank = script.encode() in (entry / "cmdline").read_bytes()
+                if is_rank and variables.get(b"NEOX_LAUNCH_ID") == launch.encode():
+                    found[int(variables[b"RANK"])] = int(entry.name)
         return found
 
     def logs(self, num_lines: int = 25) -> str:

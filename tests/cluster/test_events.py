@@ -1,5 +1,6 @@
 """What SLURM and its machines do to jobs: each time the run goes on exactly where it was."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def test_network_cut_of_a_node(start_cluster: StartCluster, disturbed: Disturbed
     cluster = start_cluster(3)
     run = disturbed.submit(cluster)
     lost = run.job.nodes()[1]
-    ranks = cluster.ranks_of(disturbed.training.folder)
+    ranks = run.ranks()
+    assert len(ranks) == 4
     recovery = run.recover("network cut of a node", lambda: cluster.cut(lost))
     assert lost not in run.job.nodes()
     # Those of the node that can't be reached don't live on.
@@ -137,6 +139,8 @@ def test_death_of_one_rank(start_cluster: StartCluster, disturbed: Disturbed):
 def test_restart_of_the_controller(start_cluster: StartCluster, disturbed: Disturbed):
     cluster = start_cluster(2)
     run = disturbed.submit(cluster)
+    # Before its first periodic save it would come back believing that the job hasn't started.
+    time.sleep(10)
     cluster.restart_controller()
     run.wait_for_step(18)
     disturbed.finish(run)

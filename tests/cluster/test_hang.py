@@ -29,7 +29,7 @@ def test_a_rank_that_is_stopped(
     cluster = start_cluster(2)
     run = SubmittedRun.submit(cluster, training)
     run.wait_for_step(12)
-    stopped = cluster.ranks_of(training.folder)[2]
+    stopped = run.ranks()[2]
     note_recovery(run.recover("a rank that hangs (15 s)", lambda: os.kill(stopped, signal.SIGSTOP)))
     text = training.log.read_text()
     told = "\n".join(line for line in text.splitlines() if line.startswith(("---- ", "deepy: ")))

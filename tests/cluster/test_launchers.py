@@ -68,7 +68,7 @@ def test_training_over_two_nodes_stops_and_resumes(
         assert end() == STOPPED, training.tail()
     stopped = training.attempts()[-1]
     assert stopped.stop_reason == "signal SIGTERM"
-    assert not cluster.ranks_of(training.folder)
+    assert not cluster.ranks_of(stopped.facts["environment"]["launch"], str(SCRIPT))
     training.pause(0.0)
     with launch.running() as end:
         assert end() == 0, training.tail()
