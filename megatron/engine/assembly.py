@@ -24,6 +24,7 @@ from megatron.engine.sequential_model import SequentialModel
 from megatron.engine.steps import LossFunction
 from megatron.engine.tensor_parallel_unit import TensorParallelUnit
 from megatron.model.layer_plan import PlannedLayer
+from megatron.model.light_import import compiled_when_called
 from megatron.optim.schedules import LearningRateScheduler
 
 __all__ = ["ModuleSettings", "build_module", "initialize_engine"]
@@ -122,14 +123,15 @@ def initialize_engine(
     Returns:
         The engine, and a function giving the last step's gradient norm before clipping.
     """
-    engine, _, _, _ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        mpu=None if groups.topology.uses_pipeline_engine else TensorParallelUnit(groups),
-        config=dict(deepspeed_settings),
-        dist_init_required=False,
-    )
+    with compiled_when_called():  # DeepSpeed reads modules with fused kernels, for other optimizers
+        engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            mpu=None if groups.topology.uses_pipeline_engine else TensorParallelUnit(groups),
+            config=dict(deepspeed_settings),
+            dist_init_required=False,
+        )
     if type(engine.optimizer) is FP16_UnfusedOptimizer:
         # Building it takes a step on zero gradients, which decays the masters and counts in Adam's
         # bias correction (measured: 3 steps after 2).
