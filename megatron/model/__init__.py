@@ -3,6 +3,7 @@
     facts, settings     what the model is; no torch
     tp_layout           which part of each tensor a tensor rank holds, and back
     initialisation      first values, equal at every topology
+    light_import        megatron-core without compilers and trackers
     parallel_layers     embedding and linear layers over tensor ranks   (imports megatron.core)
     norms, rotary, attention, feed_forward, block, embedding, head      the layers
     layer_plan          NeoX's numbered list of layers
