@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from megatron.base.errors import LaunchError, MegatronError
 from megatron.base.exit_codes import CANNOT_LAUNCH, NODE_LOST
@@ -44,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         addresses, _, port = options.head.rpartition(":")
         channel = connect_to_head(addresses.split(","), int(port), timeout_s=_CONNECT_S)
         link = HeadLink(channel)
-        return _take_part(link, _be_admitted(link, job, options.node), job)
+        place = _be_admitted(link, job, options.node)
+        return _take_part(link, place, job, options.job_file)
     except MegatronError as error:
+        _delete(options.job_file)
         print(f"deepy: {name}: {error}", file=sys.stderr, flush=True)  # noqa: T201 - its words
         return CANNOT_LAUNCH
     except KeyboardInterrupt:
@@ -75,7 +78,7 @@ def _introduction(node: str | None, environ: Mapping[str, str]) -> dict[str, obj
     }
 
 
-def _take_part(link: HeadLink, place: Message, job: JobSecrets) -> int:
+def _take_part(link: HeadLink, place: Message, job: JobSecrets, job_file: str | None) -> int:
     environ = _environment(place, job)
     with ExitStack() as stack:
         try:
@@ -93,6 +96,7 @@ def _take_part(link: HeadLink, place: Message, job: JobSecrets) -> int:
             port=port,
         )
         go = link.wait_for("go", timeout_s=_MUSTER_S)
+        _delete(job_file)
         placement = NodePlacement(
             slots=tuple(place["slots"]),
             master_port=go["master_port"],
@@ -121,6 +125,12 @@ def _environment(place: Message, job: JobSecrets) -> dict[str, str]:
     environ = own | dict(place["environment"]) | job.environment
     environ.pop(TOKEN_VARIABLE, None)
     return environ
+
+
+def _delete(job_file: str | None) -> None:
+    # The launcher has done so, unless the file was brought to a node that shares no directory.
+    if job_file is not None:
+        Path(job_file).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
