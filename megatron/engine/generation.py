@@ -1,7 +1,7 @@
 """Text from a model, token by token, on all ranks of one copy of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +42,7 @@ def generate(
     generator: torch.Generator,
     *,
     keeps_logits: bool = False,
+    is_over: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Generated:
     """Go on with ``prompt``. All ranks of the model's copy call it alike.
 
@@ -52,6 +53,7 @@ def generate(
         sampling: how tokens are chosen.
         generator: drawn from on the last stage's first tensor rank.
         keeps_logits: whether logits are returned, on the last stage.
+        is_over: whether the new tokens so far end the text.
 
     Raises:
         ValueError: the prompt is empty, or leaves no room within ``seq_length``.
@@ -84,6 +86,8 @@ def generate(
             text.append(token)
             if keeps_logits and logits is not None:
                 kept.append(logits[0, -1, : limits.vocab_size].tolist())
+            if is_over(text[len(prompt) :]):
+                break
     finally:
         use_cache(forward.module, None)
     return Generated(text[len(prompt) :], is_finished, time.perf_counter() - started, kept)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.declare import WORKS, Outcome, key, no_effect, refused
+from megatron.config.declare import WORKS, Outcome, key, no_effect
 
 __all__ = ["Textgen"]
 
@@ -17,7 +17,11 @@ def _generation(value: Any, keys: Mapping[str, Any]) -> Outcome:
     return no_effect("only generate.py reads it, not training")
 
 
-_EVALUATION = no_effect("only eval.py reads it, not training")
+def _evaluation(value: Any, keys: Mapping[str, Any]) -> Outcome:
+    """no effect on training; eval.py reads it."""
+    if Path(keys["user_script"] or "").name == "eval.py":
+        return WORKS
+    return no_effect("only eval.py reads it, not training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,8 @@ class Textgen:
     recompute: bool | None = key(False, tier=2, outcome=_generation)
     """Run the whole text again for every token instead of keeping keys and values."""
 
-    eval_results_prefix: str | None = key("", tier=2, outcome=_EVALUATION)
+    eval_results_prefix: str | None = key("", tier=2, outcome=_evaluation)
     """Start of the result file's name."""
 
-    eval_tasks: list[str] | None = key(None, tier=2, outcome=refused("leave it out when training"))
-    """Tasks of lm-eval."""
+    eval_tasks: list[str] | None = key(None, tier=2, outcome=_evaluation)
+    """Tasks of lm-eval, by name or by the path of a task's YAML file."""
