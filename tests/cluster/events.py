@@ -31,10 +31,13 @@ class SubmittedRun:
         cluster: SlurmCluster,
         training: ClusterTraining,
         *options: str,
+        tasks_per_node: int | None = 2,
         **environ: str,
     ) -> "SubmittedRun":
-        """Submit ``tools/slurm/train.sbatch`` on two nodes with two ranks each."""
-        usual = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=0"]
+        """Submit ``tools/slurm/train.sbatch``, on two nodes if ``options`` don't say otherwise."""
+        usual = ["--nodes=2", "--gpus-per-node=0", "--time=0"]
+        if tasks_per_node is not None:
+            usual.append(f"--ntasks-per-node={tasks_per_node}")
         job = cluster.submit(
             "tools/slurm/train.sbatch",
             str(training.config_path),

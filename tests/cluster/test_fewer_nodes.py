@@ -34,7 +34,8 @@ def test_four_nodes_then_three_then_four(
         tmp_path / "run", keys | {"launcher": "slurm", "deepspeed_slurm": True}
     )
     training.pause(0.4)
-    run = SubmittedRun.submit(cluster, training, "--nodes=3-4", "--ntasks-per-node=1")
+    # With --ntasks-per-node=1 SLURM takes the smaller number, though the larger is free.
+    run = SubmittedRun.submit(cluster, training, "--nodes=3-4", tasks_per_node=None)
     run.wait_for_step(7)
     assert len(run.job.nodes()) == 4
     note_recovery(run.recover("4 nodes -> 3", lambda: cluster.power_off("node4")))
