@@ -1,5 +1,6 @@
 """What ends a run before its last step: signals, time, and the loss of its directory."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ def _deadlines(
         at = began + exit_duration_in_mins * _MINUTE_S
         deadlines.append(Deadline(at, f"exit_duration_in_mins: {exit_duration_in_mins:g}"))
     end = end_of_job(environ)
-    if end is not None:
+    if end is not None and math.isfinite(end):
         what = f"time limit of SLURM's job {environ['SLURM_JOB_ID']}"
         deadlines.append(Deadline(end, what, lambda: end_of_job(environ)))
     return deadlines

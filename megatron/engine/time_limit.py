@@ -29,7 +29,7 @@ class Deadline:
     at: float  # seconds since the epoch
     what: str  # whose limit it is
     ask_again: Callable[[], float | None] = lambda: None
-    """Returns where the deadline is now, for those that can be moved."""
+    """Returns where the deadline is now, for those that can be moved; infinity: it is gone."""
 
 
 @dataclass(frozen=True)

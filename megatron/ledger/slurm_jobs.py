@@ -6,6 +6,7 @@ cluster, nothing is known.
 
 import datetime
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -74,7 +75,8 @@ def end_of_job(environ: Mapping[str, str]) -> float | None:
     """Return when the job of this process will be at its time limit, in seconds since the epoch.
 
     ``squeue`` is asked first, for a limit can be changed; where it gives no answer, what SLURM told
-    the job at its start is taken. None outside of SLURM, or without a limit.
+    the job at its start is taken. Infinite without a limit; None outside of SLURM, or if nothing
+    tells.
     """
     job = SlurmJob.of_environment(environ)
     if job is None:
@@ -85,7 +87,7 @@ def end_of_job(environ: Mapping[str, str]) -> float | None:
         try:
             return datetime.datetime.fromisoformat(answer).timestamp()  # local time, as SLURM's
         except ValueError:
-            return None  # "N/A", "NONE": without a limit
+            return math.inf  # "N/A", "NONE": without a limit
     return float(told) if told.isdecimal() else None
 
 

@@ -1,5 +1,7 @@
 """Time that runs out: a save is complete before, reckoned from what was measured."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,11 +99,24 @@ def test_a_limit_that_was_extended_is_obeyed():
     assert clock.now == 4000.0 - 32.0
 
 
+def test_a_limit_that_was_lifted_ends_nothing():
+    clock = Clock()
+    limit = TimeLimit(
+        [Deadline(3000.0, "limit", lambda: math.inf)],
+        began=1000.0,
+        saves=lambda: SaveTimes(0.0, False),
+        now=clock,
+    )
+    for _ in range(10):
+        clock.now += 1000.0
+        assert limit() is None
+
+
 @pytest.mark.parametrize(
     ("squeue", "environ", "end"),
     [
         ("1970-01-02T00:00:00", {"SLURM_JOB_END_TIME": "7"}, 86400.0),  # the limit was changed
-        ("N/A", {}, None),
+        ("N/A", {"SLURM_JOB_END_TIME": "7"}, math.inf),  # it was lifted
         (None, {"SLURM_JOB_END_TIME": "1234"}, 1234.0),
         (None, {}, None),
         ("1970-01-02T00:00:00", {"SLURM_JOB_ID": ""}, None),
