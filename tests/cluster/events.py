@@ -95,10 +95,14 @@ class SubmittedRun:
         )
         return stopped, runs
 
-    def wait_for_end(self) -> None:
-        """Let the training run as fast as it can; return once its job is over."""
+    def wait_for_end(self, *, launches: int = 1) -> None:
+        """Let the training run as fast as it can; return once its job is over.
+
+        Args:
+            launches: that may take place until then.
+        """
         self.training.pause(0.0)
-        self._wait(self._is_over, "the job's end", STARTED_S)
+        self._wait(self._is_over, "the job's end", launches * STARTED_S)
 
     def assert_completed(self) -> None:
         """Require that the job ended well."""

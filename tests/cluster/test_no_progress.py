@@ -34,7 +34,7 @@ def test_a_corrupt_sample_stops_the_job_after_three_tries(
         file.seek((begin + end) // 4 * 2)  # a token in the middle, of two bytes
         file.write(b"\xff\xff")
     run = SubmittedRun.submit(cluster, training)
-    run.wait_for_end()
+    run.wait_for_end(launches=3)
     log = training.log.read_text()
     assert run.job.state == "FAILED", run.report()
     assert run.job.restarts() == 2, run.report()
