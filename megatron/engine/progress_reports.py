@@ -40,9 +40,8 @@ class HangLimits:
     least_step_s: float = 180.0  # a file server may need as long to fail over
     times_slowest_step: float = 20.0
     first_s: float = 30 * _MINUTE_S  # of what may compile: a launch's first step and evaluation
-    save_s: float = 4 * _HOUR_S  # of the first save or wait for one
-    least_save_s: float = 30 * _MINUTE_S
-    times_slowest_save: float = 20.0
+    # Not worked out from saves before: one waits for the bytes of another, which may take any time.
+    save_s: float = 2 * _HOUR_S
     other_s: float = 30 * _MINUTE_S
     phases: Mapping[str, float] = field(default_factory=_phase_limits)
 
@@ -74,11 +73,10 @@ class HangLimits:
             return self.of_first
         return max(self.least_step_s, self.times_slowest_step * slowest_s)
 
-    def of_save(self, slowest_s: float | None) -> float:
-        """Return the limit of a save, or of the wait for one in flight."""
-        if slowest_s is None:
-            return self._at_least_timeout(max(self.save_s, self.least_save_s))
-        return self._at_least_timeout(max(self.least_save_s, self.times_slowest_save * slowest_s))
+    @property
+    def of_save(self) -> float:
+        """The limit of a save, or of the wait for one in flight."""
+        return self._at_least_timeout(self.save_s)
 
     def _at_least_timeout(self, limit_s: float) -> float:
         return math.inf if self.is_off else max(limit_s, self.hang_timeout or 0.0)
@@ -114,7 +112,6 @@ class Phases:
         self._slowest_now: float | None = None  # of the present block of steps
         self._slowest_before: float | None = None  # of the block before
         self._step_limit = self._limits.of_step(None)
-        self._slowest_save: float | None = None
         self._has_evaluated = False
 
     def enter(self, name: str) -> None:
@@ -137,7 +134,7 @@ class Phases:
 
     def save(self) -> None:
         """Begin to save, or to wait for a save."""
-        self._enter("save", self._limits.of_save(self._slowest_save))
+        self._enter("save", self._limits.of_save)
 
     def evaluation(self) -> None:
         """Begin an evaluation."""
@@ -149,7 +146,7 @@ class Phases:
 
     def finish(self) -> None:
         """Begin what comes after the last step: evaluations, the last save, the end."""
-        self._enter("finish", self._limits.of_save(self._slowest_save))
+        self._enter("finish", self._limits.of_save)
 
     def fail(self) -> None:
         """Begin to end after an error: what is being saved is waited for."""
@@ -168,8 +165,6 @@ class Phases:
     def _leave(self, now: float) -> None:
         if self._phase == "step":
             self._measure(now - self._began)
-        elif self._phase == "save":
-            self._slowest_save = max(self._slowest_save or 0.0, now - self._began)
         elif self._phase == "evaluation":
             self._has_evaluated = True
 
