@@ -135,11 +135,9 @@ class _Head:
     def start_ranks(self) -> None:
         """Tell the nodes to go. All are ready."""
         address, port = rendezvous_of(self._job, self._nodes)
-        num_nodes = len(self._nodes)
-        _say(
-            f"starting {self._job.num_ranks} ranks on {num_nodes} nodes "
-            f"({', '.join(self._job.hosts)}); rendezvous at {address}:{port}"
-        )
+        names = ", ".join(self._job.hosts)
+        nodes = f"{len(self._nodes)} nodes ({names})" if len(self._nodes) > 1 else names
+        _say(f"starting {self._job.num_ranks} ranks on {nodes}; rendezvous at {address}:{port}")
         self._looked_at = time.monotonic()
         for node in self._nodes:
             node.tell("go", master_addr=address, master_port=port)
