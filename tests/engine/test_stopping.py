@@ -101,7 +101,7 @@ def test_all_ranks_save_two_steps_later_and_nothing_is_lost(ranks, number, run, 
     assert_goes_on_from(7, run, undisturbed)
 
 
-@pytest.mark.parametrize("is_after_the_look", [False, True])
+@pytest.mark.parametrize("is_after_the_look", [False, pytest.param(True, marks=pytest.mark.kill)])
 def test_right_before_the_loop_all_ranks_begin_it_or_none(is_after_the_look, run):
     def watch(context) -> None:
         told_to_stop = training_command._told_to_stop
