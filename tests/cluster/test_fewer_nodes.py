@@ -31,7 +31,7 @@ def test_four_nodes_then_three_then_four(
     expected = undisturbed(**keys, num_gpus=1)
     cluster = start_cluster(4)
     training = ClusterTraining(
-        tmp_path / "run", keys | {"launcher": "slurm", "deepspeed_slurm": True}
+        tmp_path / "run", keys | {"launcher": "slurm", "deepspeed_slurm": True, "num_gpus": 1}
     )
     training.pause(0.4)
     # With --ntasks-per-node=1 SLURM takes the smaller number, though the larger is free.
