@@ -1,7 +1,7 @@
 """Evaluation, as ``python deepy.py eval.py CONFIG.yml …`` starts it on every rank."""
 
 from megatron.cli.evaluate import main
-from megatron.cli.exit_status import end_rank, run_command
+from megatron.cli.exit_status import run_rank
 
 if __name__ == "__main__":
-    end_rank(run_command(main))
+    run_rank(main)

@@ -8,8 +8,8 @@ if __name__ == "__main__":
     stop_signals().begin()
     progress_of_this_process().enter("imports", limit_s=1800.0)
 
-from megatron.cli.exit_status import end_rank, run_command
+from megatron.cli.exit_status import run_rank
 from megatron.cli.train import main
 
 if __name__ == "__main__":
-    end_rank(run_command(main))
+    run_rank(main)
