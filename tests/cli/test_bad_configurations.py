@@ -22,7 +22,7 @@ def no_host_file(monkeypatch):
             {"num_gpus": 2, "train_batch_size": 8, "gradient_accumulation_steps": 3},
             "train_batch_size=8 (a.yml) is not micro batch 2 x gradient_accumulation_steps=3 "
             "(a.yml) x data-parallel size 2 = 12; write gradient_accumulation_steps: 2, or null to "
-            "have it worked out",
+            "have it worked out; or elastic_batch: true, which keeps 8 and works out the others",
         ),
         (
             {"train_micro_batch_size_per_gpu": None},

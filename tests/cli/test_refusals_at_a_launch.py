@@ -43,9 +43,9 @@ def test_a_missing_dataset_ends_four_ranks_with_one_message(tmp_path):
     # once when it happens, once as the last word
     assert [line for line in lines if "DatasetError" in line] == [message, message]
     report = lines.index("---- deepy: of 4 ranks this one failed first:")
-    assert lines[report + 1].startswith("---- rank 0: exit code 1, after ")
+    assert lines[report + 1].startswith("---- rank 0: exit code 2, after ")
     assert lines[report + 2] == message
-    assert lines[-1] == "---- the job ends with status 1"
+    assert lines[-1] == "---- the job ends with status 2"
     assert "Traceback" not in ended.stderr
     # of megatron-core, on every rank, about what nobody here needs
     assert "Apex" not in ended.stderr

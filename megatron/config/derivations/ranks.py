@@ -93,7 +93,7 @@ def _count_slots(
         local_slots=local_slots,
         environ=environ,
     )
-    hosts, source = listed.slots, listed.source
+    hosts = listed.slots
     if min(hosts.values()) < 1:
         raise ConfigError(
             "this machine has no device to run on; set num_gpus to the number of processes"
@@ -106,4 +106,5 @@ def _count_slots(
         num_nodes=num_nodes,
         num_gpus=num_gpus,
     )
-    return sum(map(len, selected.values())), source
+    is_key = listed.hostfile is None and not listed.is_allocation and (num_gpus or 0) > 0
+    return sum(map(len, selected.values())), draft.say("num_gpus") if is_key else listed.source
