@@ -8,6 +8,7 @@ maps are written before anything is measured, as the run itself would have left 
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -169,12 +170,38 @@ def _measure_calls(checkpoint: Path, steps: int) -> None:
         lambda: consumer_rows(run, consumers_of_document(course, data, identity, 81234)),
         3,
     )
+    for step in (1, steps):
+        wanted = _micro_batch(step)
+        _report(f"first micro batch, step {step}", functools.partial(stream.locate, wanted), 200)
+    _report(f"a batch sampler's walk to {steps}", lambda: _walk(steps), 1, runs=1)
+    anywhere = np.random.default_rng(2).integers(0, steps * BATCH.global_batch_size, 1_000_000)
+    started = time.perf_counter()
+    stream.locate(anywhere)
+    print(f"locate {len(anywhere) / (time.perf_counter() - started) / 1e6:35.1f} M positions/s")
 
 
-def _report(name: str, call: Callable[[], object], repeats: int) -> None:
-    call()
+def _micro_batch(step: int) -> np.ndarray:
+    """Return the positions of rank 3's first micro batch, as the loader asks for them."""
+    first = (step - 1) * BATCH.global_batch_size + BATCH.first_position(0, 3)
+    return np.arange(first, first + BATCH.micro_batch_size)
+
+
+def _walk(steps: int) -> list[int]:
+    """Gather batches one sample at a time up to a step, as a sampler that is resumed does."""
+    batch: list[int] = []
+    for sample in range(steps * BATCH.global_batch_size):
+        batch.append(sample)
+        if len(batch) == BATCH.global_batch_size:
+            taken = batch
+            batch = []
+    return taken
+
+
+def _report(name: str, call: Callable[[], object], repeats: int, runs: int = RUNS) -> None:
+    if runs > 1:
+        call()
     best = float("inf")
-    for _ in range(RUNS):
+    for _ in range(runs):
         started = time.perf_counter()
         for _ in range(repeats):
             call()
