@@ -10,7 +10,7 @@ from megatron.checkpoint.compatibility import MODEL_ARGUMENTS
 from megatron.checkpoint.load import LoadSettings, load_weights
 from megatron.checkpoint.stored import read_model_facts
 from megatron.checkpoint.verified import verify_together
-from megatron.cli.train import DTYPES
+from megatron.cli.model_of_config import DTYPES, model_settings, tensor_parallel_of
 from megatron.config.run_config import RunConfig
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.engine.agreement import together
@@ -22,7 +22,6 @@ from megatron.ledger.candidates import Candidate
 from megatron.ledger.checkpoint_choice import Search, choose, search_for
 from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
-from megatron.model.parallel_layers import TensorParallel
 from megatron.model.settings import ModelSettings
 
 __all__ = ["InferenceModel", "open_model"]
@@ -60,16 +59,15 @@ def open_model(config: RunConfig, groups: ProcessGroups) -> InferenceModel:
             ).model
         ),
     )
-    settings = together(groups, functools.partial(_settings, config, facts))
+    settings = together(groups, functools.partial(model_settings, config, facts))
     prepare_random_state(groups, config.other.seed, partition_activations=False)
-    tensor_parallel = (
-        TensorParallel()
-        if groups.topology.tensor_parallel_size == 1
-        else TensorParallel.of_group(groups.tensor)
-    )
     dtype = DTYPES[config.model.precision]
     plan = layer_plan(
-        settings, tensor_parallel, seed=config.other.seed, dtype=dtype, device=groups.device
+        settings,
+        tensor_parallel_of(groups),
+        seed=config.other.seed,
+        dtype=dtype,
+        device=groups.device,
     )
     module = build_module(
         plan,
@@ -94,14 +92,6 @@ def open_model(config: RunConfig, groups: ProcessGroups) -> InferenceModel:
     return InferenceModel(
         StageForward(module, groups, settings, dtype), settings, tokenizer, checkpoint
     )
-
-
-def _settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
-    settings = ModelSettings.from_config(
-        config.model, config.training, facts, neox_version=config.ledger.neox_version
-    )
-    settings.require_divisible(config.topology.tensor_parallel_size)
-    return settings
 
 
 def _find(config: RunConfig, groups: ProcessGroups) -> Path:

@@ -12,6 +12,7 @@ from megatron.base.errors import MegatronError
 from megatron.base.exit_codes import CANNOT_LAUNCH, STOPPED
 from megatron.base.progress import progress_of_this_process
 from megatron.base.startup import StartUp
+from megatron.cli.model_of_config import DTYPES, model_settings, tensor_parallel_of
 from megatron.cli.resume_plan import PlannedLaunch
 from megatron.cli.run_check import RunCheck
 from megatron.cli.run_data import open_run_data
@@ -34,7 +35,6 @@ from megatron.engine.seeding import prepare_random_state, tensor_parallel_stream
 from megatron.engine.steps import LossFunction
 from megatron.engine.stop_signals import StopSignals, stop_signals
 from megatron.ledger.run_directory import is_save_step
-from megatron.model.facts import ModelFacts
 from megatron.model.layer_plan import layer_plan
 from megatron.model.loss import cross_entropy_loss
 from megatron.model.parallel_layers import TensorParallel
@@ -42,9 +42,7 @@ from megatron.model.settings import ModelSettings
 from megatron.optim.param_groups import weight_decay_groups
 from megatron.optim.schedules import LearningRateScheduler, ScheduleSettings
 
-__all__ = ["DTYPES", "PreparedTraining", "main", "prepare", "train"]
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["PreparedTraining", "main", "prepare", "train"]
 
 
 def main(
@@ -152,8 +150,8 @@ def prepare(
     begin("data")
     data = open_run_data(config, groups, launch.plan)
     facts = together(groups, functools.partial(checkpoints.facts, data.tokenizer.vocab_size))
-    settings = together(groups, functools.partial(_model_settings, config, facts))
-    tensor_parallel = _tensor_parallel(groups)
+    settings = together(groups, functools.partial(model_settings, config, facts))
+    tensor_parallel = tensor_parallel_of(groups)
     loss_function = functools.partial(_loss, tensor_parallel)
     prepare_random_state(
         groups,
@@ -224,20 +222,6 @@ def _told_to_stop(groups: ProcessGroups, signals: StopSignals) -> StopReason | N
             raise
         told = signals.wish.name
     return None if told is None else StopReason(f"signal {told}", STOPPED)
-
-
-def _model_settings(config: RunConfig, facts: ModelFacts) -> ModelSettings:
-    settings = ModelSettings.from_config(
-        config.model, config.training, facts, neox_version=config.ledger.neox_version
-    )
-    settings.require_divisible(config.topology.tensor_parallel_size)
-    return settings
-
-
-def _tensor_parallel(groups: ProcessGroups) -> TensorParallel:
-    if groups.topology.tensor_parallel_size == 1:
-        return TensorParallel()
-    return TensorParallel.of_group(groups.tensor)
 
 
 def _loss(

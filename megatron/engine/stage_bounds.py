@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
 from megatron.base.errors import ConfigError
-from megatron.model.construction import FIRST_BLOCK
 from megatron.model.parameter_shapes import Shapes
+from megatron.model.settings import FIRST_BLOCK
 
 __all__ = ["stage_bounds"]
 

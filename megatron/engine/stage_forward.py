@@ -10,8 +10,7 @@ from torch import nn
 
 from megatron.config.topology import RankCoordinates
 from megatron.engine.distributed import ProcessGroups
-from megatron.model.construction import FIRST_BLOCK
-from megatron.model.settings import ModelSettings
+from megatron.model.settings import FIRST_BLOCK, ModelSettings
 
 __all__ = ["StageForward"]
 

@@ -1,11 +1,13 @@
 """The GPT-NeoX family of models on megatron-core's tensor-parallel layers.
 
     facts, settings     what the model is; no torch
+    parameter_shapes    names and shapes of all parameters, without building them; no torch
     tp_layout           which part of each tensor a tensor rank holds, and back
     initialisation      first values, equal at every topology
     light_import        megatron-core without compilers and trackers
     parallel_layers     embedding and linear layers over tensor ranks   (imports megatron.core)
-    norms, rotary, attention, feed_forward, block, embedding, head      the layers
+    norms, rotary, score_bias, attention, feed_forward, block, embedding, head      the layers
+    key_value_cache     what generating text keeps of the tokens so far
     layer_plan          NeoX's numbered list of layers
     loss                vocabulary-parallel cross entropy
 

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron.model.attention import Attention
-from megatron.model.construction import FIRST_BLOCK, Construction, finish
+from megatron.model.construction import Construction, finish
 from megatron.model.feed_forward import FeedForward
 from megatron.model.norms import build_norm
 from megatron.model.parallel_layers import sum_over_ranks
+from megatron.model.settings import FIRST_BLOCK
 
 __all__ = ["ParallelTransformerLayerPipe"]
 

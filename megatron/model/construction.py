@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.model.initialisation import FIRST_BLOCK, initialise_layer
+from megatron.model.initialisation import initialise_layer
 from megatron.model.parallel_layers import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.model.score_bias import RelativeBias
 from megatron.model.settings import ModelSettings
 
-__all__ = ["FIRST_BLOCK", "Construction", "finish"]
+__all__ = ["Construction", "finish"]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import math
 
 import torch
 
-from megatron.model.settings import InitMethod, ModelSettings
+from megatron.model.settings import FIRST_BLOCK, InitMethod, ModelSettings
 from megatron.model.tp_layout import full_shape, split
 
-__all__ = ["FIRST_BLOCK", "initialise_layer", "parameter_seed"]
+__all__ = ["initialise_layer", "parameter_seed"]
 
 _OUTPUT_SIDE = ("attention.dense.weight", "mlp.linear2.weight")
 _SHARED = "attention.rpe.weight"
-FIRST_BLOCK = 2  # NeoX's layer number of block 0
 
 
 def initialise_layer(

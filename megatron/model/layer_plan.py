@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from megatron.model.block import ParallelTransformerLayerPipe
-from megatron.model.construction import FIRST_BLOCK, Construction
+from megatron.model.construction import Construction
 from megatron.model.embedding import EmbeddingPipe, to_sequence_first
 from megatron.model.head import NormPipe, ParallelLinearPipe, TiedHead, to_batch_first
 from megatron.model.parallel_layers import TensorParallel
 from megatron.model.rotary import RotaryTable
 from megatron.model.score_bias import relative_bias
-from megatron.model.settings import ModelSettings
+from megatron.model.settings import FIRST_BLOCK, ModelSettings
 
 __all__ = ["TIED_KEY", "TIED_WEIGHT", "PlannedLayer", "layer_plan"]
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 
-from megatron.model.settings import ModelSettings
+from megatron.model.settings import FIRST_BLOCK, ModelSettings
 
 __all__ = ["Shapes", "parameter_shapes"]
 
 Shapes = dict[str, tuple[int, ...]]
 """Parameter name, as in a layer file -> shape."""
-
-_FIRST_BLOCK = 2
 
 
 def parameter_shapes(
@@ -31,9 +29,9 @@ def parameter_shapes(
     if settings.pos_emb == "learned":
         embedding["position_embeddings.weight"] = (settings.max_position_embeddings, width)
     block = dict(_block(settings, size))
-    after_blocks = _FIRST_BLOCK + settings.num_layers
+    after_blocks = FIRST_BLOCK + settings.num_layers
     layers = {0: embedding}
-    layers |= dict.fromkeys(range(_FIRST_BLOCK, after_blocks), block)
+    layers |= dict.fromkeys(range(FIRST_BLOCK, after_blocks), block)
     if norm := dict(_norm("norm", settings, (width,))):
         layers[after_blocks + 1] = norm
     if not settings.tied_embedding:

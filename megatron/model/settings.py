@@ -6,7 +6,10 @@ from typing import Any, Literal
 from megatron.base.errors import ConfigError
 from megatron.model.facts import ModelFacts
 
-__all__ = ["ModelSettings", "mlp_sizes"]
+__all__ = ["FIRST_BLOCK", "ModelSettings", "mlp_sizes"]
+
+FIRST_BLOCK = 2
+"""NeoX's layer number of block 0."""
 
 Activation = Literal[
     "gelu",

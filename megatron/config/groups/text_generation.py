@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config.declare import WORKS, Outcome, key, no_effect
+from megatron.config.declare import WORKS, Outcome, key, no_effect, part_of
 
 __all__ = ["Textgen"]
 
@@ -32,7 +32,9 @@ class Textgen:
     """``unconditional``, ``input-file`` or ``interactive``; ``precompute`` isn't there yet. Unset:
     from the input file if there is one, else unconditional."""
 
-    precompute_model_name: str | None = key(None, tier=3, outcome=_generation)
+    precompute_model_name: str | None = key(
+        None, tier=3, outcome=part_of("text_gen_type: precompute")
+    )
     """Name under which precomputed log-probabilities are stored."""
 
     temperature: float | None = key(0.0, tier=2, minimum=0, outcome=_generation)
