@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron.base.errors import ConfigError
 from megatron.cli.inference_model import InferenceModel
 from megatron.engine.distributed import ProcessGroups
 from megatron.engine.generation import GenerationLimits, generate
@@ -41,8 +42,17 @@ class NeoXModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that stands before a text without context."""
-        return self._model.tokenizer.eod or 0
+        """The token that stands before a text without context.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        if self._model.tokenizer.eod is None:
+            raise ConfigError(
+                "the tokenizer has no end-of-document token, which lm-eval puts before texts "
+                "without context; use one that has"
+            )
+        return self._model.tokenizer.eod
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
